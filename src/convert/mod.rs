@@ -1,0 +1,1 @@
+//! From tar layers to chunked EROFS layers: composition only.

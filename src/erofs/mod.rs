@@ -1,0 +1,1 @@
+//! The EROFS on-disk format: reader and writer. Bytes in, values out.

@@ -1,0 +1,1 @@
+//! Images on the local disk: OCI layouts and archives.

@@ -1,0 +1,1 @@
+//! Manifests, indexes, configs, references and the annotations of EROFS layers.

@@ -1,0 +1,1 @@
+//! The merge of layers: the only place that knows whiteouts and opaque directories.

@@ -1,0 +1,1 @@
+//! Blob files, presence bitmaps and what survives a crash.

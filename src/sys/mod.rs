@@ -1,0 +1,1 @@
+//! System calls that need care, and the only unsafe code.

@@ -1,0 +1,1 @@
+//! Layer tars as a stream of entries.

@@ -1,0 +1,1 @@
+//! What the tests of several rooms share: generators, faulty peers, judges.

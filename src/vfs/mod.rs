@@ -1,0 +1,1 @@
+//! Inodes, lookups, directories and reads of a merged snapshot.

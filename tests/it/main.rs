@@ -1,0 +1,3 @@
+//! Everything that needs a real kernel, a real registry or more than one room.
+
+mod architecture;

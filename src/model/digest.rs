@@ -25,7 +25,7 @@ impl Algorithm {
     }
 
     /// Length of a digest in bytes.
-    pub const fn len(self) -> usize {
+    pub const fn size(self) -> usize {
         match self {
             Self::Sha256 => 32,
             Self::Sha512 => 64,
@@ -96,7 +96,7 @@ impl Digest {
 
     /// The raw bytes, as many as the algorithm gives.
     pub fn as_bytes(&self) -> &[u8] {
-        &self.bytes[..self.algorithm.len()]
+        &self.bytes[..self.algorithm.size()]
     }
 
     /// The encoded part: lower-case hexadecimal.
@@ -130,14 +130,14 @@ impl FromStr for Digest {
         let bad = || DigestError::BadEncoding {
             text: text.to_owned(),
             algorithm: algorithm.name(),
-            expected: algorithm.len() * 2,
+            expected: algorithm.size() * 2,
         };
         let lower_hex = encoded.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
-        if encoded.len() != algorithm.len() * 2 || !lower_hex {
+        if encoded.len() != algorithm.size() * 2 || !lower_hex {
             return Err(bad());
         }
         let mut bytes = [0; 64];
-        hex::decode_to_slice(encoded, &mut bytes[..algorithm.len()]).map_err(|_| bad())?;
+        hex::decode_to_slice(encoded, &mut bytes[..algorithm.size()]).map_err(|_| bad())?;
         Ok(Self { algorithm, bytes })
     }
 }

@@ -8,7 +8,7 @@ use std::cell::RefCell;
 use zstd::zstd_safe::{self, CCtx, DCtx};
 
 use super::index::is_skippable_magic;
-use super::{Chunk, Compression, MAX_CHUNK_SIZE, SKIPPABLE_HEADER};
+use super::{Chunk, Compression, MAX_CHUNK_SIZE, Mismatch, SKIPPABLE_HEADER};
 use crate::model::{ByteRange, ChunkDigest, Digest};
 
 /// Why stored bytes are not the chunk they are said to be.
@@ -32,13 +32,8 @@ pub enum ChunkFault {
     #[error("{0} stored bytes were given")]
     StoredLength(u64),
     /// The checksum is another.
-    #[error("its stored bytes have the checksum {found}, not {expected}")]
-    Checksum {
-        /// What the index says.
-        expected: ChunkDigest,
-        /// What the bytes give.
-        found: ChunkDigest,
-    },
+    #[error("its stored bytes have the checksum {}, not {}", .0.found, .0.expected)]
+    Checksum(Box<Mismatch<ChunkDigest>>),
     /// The chunk is larger than a chunk may be.
     #[error("its image bytes are more than the limit of {MAX_CHUNK_SIZE}")]
     TooLarge,
@@ -90,7 +85,7 @@ fn decode(chunk: &Chunk, compression: Compression, stored: &[u8], out: &mut Vec<
     if let Some(expected) = chunk.checksum {
         let found = ChunkDigest(Digest::of(expected.0.algorithm(), stored));
         if found != expected {
-            return Err(ChunkFault::Checksum { expected, found });
+            return Err(ChunkFault::Checksum(Box::new(Mismatch { expected, found })));
         }
     }
     if chunk.image.len() > MAX_CHUNK_SIZE {

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use super::{
     Compression, INDEX_MAGIC, INDEX_MAGIC_REVERSED, IndexFamily, MAX_CHUNK_SIZE, MAX_CHUNKS, MAX_INDEX_SIZE,
-    MAX_STORED_CHUNK_SIZE, SKIPPABLE_HEADER, SKIPPABLE_MAGIC,
+    MAX_STORED_CHUNK_SIZE, Mismatch, SKIPPABLE_HEADER, SKIPPABLE_MAGIC,
 };
 use crate::model::{Algorithm, ByteRange, ChunkDigest, Digest, IndexDigest};
 
@@ -40,13 +40,8 @@ impl From<UnreadableIndex> for IndexError {
 #[non_exhaustive]
 pub enum CorruptIndex {
     /// The bytes are not those the manifest promises.
-    #[error("its digest is {found}, {expected} was promised")]
-    DigestMismatch {
-        /// What the annotation says.
-        expected: IndexDigest,
-        /// What the bytes give.
-        found: IndexDigest,
-    },
+    #[error("its digest is {}, {} was promised", .0.found, .0.expected)]
+    DigestMismatch(Box<Mismatch<IndexDigest>>),
     /// There is no skippable frame where the index should be.
     #[error("no zstd skippable frame at its place")]
     NoFrame,
@@ -227,7 +222,7 @@ impl IndexSection {
         if let Some(expected) = self.digest {
             let found = IndexDigest(Digest::of(expected.0.algorithm(), payload));
             if found != expected {
-                return Err(CorruptIndex::DigestMismatch { expected, found }.into());
+                return Err(CorruptIndex::DigestMismatch(Box::new(Mismatch { expected, found })).into());
             }
         }
         let index = ChunkIndex::parse(payload, self.family, self.data_end)?;

@@ -41,6 +41,15 @@ pub enum IndexFamily {
     Pr12703,
 }
 
+/// Two digests that should be one. Boxed in errors, since it is large.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Mismatch<D> {
+    /// What was promised.
+    pub expected: D,
+    /// What the bytes give.
+    pub found: D,
+}
+
 /// The most chunks an index may have. A layer of 256 GiB in chunks of 256 KiB stays below it, and a table of that
 /// many entries with SHA-256 takes 48 MiB.
 pub const MAX_CHUNKS: u32 = 1 << 20;

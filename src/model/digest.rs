@@ -302,6 +302,6 @@ mod tests {
         let b = DiffId(Digest::of(Algorithm::Sha256, b"b"));
         let chain = ChainId::of_stack(&[a, b]);
         assert_eq!(chain[0].0, a.0);
-        assert_eq!(chain[1].0, Digest::of(Algorithm::Sha256, format!("{} {}", a, b).as_bytes()));
+        assert_eq!(chain[1].0, Digest::of(Algorithm::Sha256, format!("{a} {b}").as_bytes()));
     }
 }

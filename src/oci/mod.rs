@@ -1,7 +1,15 @@
 //! Manifests, indexes, configs, references and the annotations of EROFS layers.
+//!
+//! The documents have their own types: the ones of the crate `oci-spec` lose `os.features` of an index entry, which is how
+//! an EROFS image is told from its ordinary twin, and write annotations in random order.
 
+mod manifest;
+pub mod media;
+mod platform;
 mod reference;
 
+pub use manifest::{Config, DOCUMENT_LIMIT, Descriptor, Document, DocumentError, Index, Manifest, verify_digest};
+pub use platform::{EROFS_FEATURE, Platform, PlatformError, PlatformRecord, Prefer, select};
 pub use reference::{
     ArchiveImage, DEFAULT_HOST, DEFAULT_TAG, ImageName, LayoutImage, Reason, Reference, ReferenceError, Selector,
 };

@@ -11,6 +11,7 @@
 //! image holds.
 
 mod assemble;
+mod fault;
 mod frame;
 mod index;
 mod sequential;
@@ -18,8 +19,9 @@ mod sequential;
 mod tests;
 
 pub use assemble::{AssembleError, BlobAssembler, BlobSummary, DetachedIndex};
+pub use fault::{CorruptIndex, IndexError, UnreadableIndex};
 pub use frame::{ChunkError, ChunkFault, compress_chunk, compress_chunk_into, decode_chunk};
-pub use index::{Chunk, ChunkIndex, CorruptIndex, Framing, IndexError, IndexSection, UnreadableIndex};
+pub use index::{Chunk, ChunkIndex, Framing, IndexSection};
 pub use sequential::{SequentialError, SequentialReader, SequentialSummary};
 
 /// How the bytes of a chunk are stored.

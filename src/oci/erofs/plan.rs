@@ -1,0 +1,456 @@
+//! Reads the layer descriptors of an image.
+//!
+//! A plan that exists obeys the specification's order of layers (section 3.8), every layer in it has a SHA-256 diffID,
+//! and every index in it lies where an index can lie and has a digest that vouches for it.
+
+use std::str::FromStr;
+
+use super::{
+    CHUNK_INDEX, INDEX_DIGEST, INDEX_MEDIA_TYPE, INDEX_RANGE, INDEX_TARGET, LayerKind, PR_TABLE_DIGEST,
+    PR_TABLE_OFFSET, PR_VERITY, ROLE, Role, TarCompression, UNCOMPRESSED_DIGEST, VERITY_BLOCK_SIZE, VERITY_HASH_OFFSET,
+    VERITY_ROOT_DIGEST,
+};
+use crate::chunked::{Compression, Framing, IndexFamily, IndexSection, MAX_INDEX_SIZE};
+use crate::model::{Algorithm, BlobDigest, ByteRange, DiffId, Digest, IndexDigest};
+use crate::oci::manifest::{Config, Descriptor, Manifest};
+
+/// The most layers an image may have: what the kernel's overlayfs stacks (`OVL_MAX_STACK`).
+pub const MAX_LAYERS: usize = 500;
+
+/// Why an image cannot be planned.
+#[derive(Debug, thiserror::Error)]
+pub enum PlanError {
+    /// It has no layers.
+    #[error("the image has no layers")]
+    NoLayers,
+    /// It has more than [`MAX_LAYERS`].
+    #[error("the image has {0} layers, more than the limit of {MAX_LAYERS}")]
+    TooManyLayers(usize),
+    /// Its layers are tars.
+    #[error("the image's layers are tar archives, not EROFS: convert it first")]
+    Tar,
+    /// Something about one layer.
+    #[error("layer {position} of the image ({digest}) cannot be used")]
+    Layer {
+        /// Place in the manifest, counted from 0.
+        position: usize,
+        /// The blob.
+        digest: BlobDigest,
+        /// What is wrong.
+        #[source]
+        fault: Box<LayerFault>,
+    },
+}
+
+/// What is wrong with a layer's descriptor.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum LayerFault {
+    /// A tar between EROFS layers.
+    #[error("it is a tar archive ({0}) among EROFS layers")]
+    Tar(String),
+    /// Not a layer this program knows.
+    #[error("its media type {0:?} is not known")]
+    MediaType(String),
+    /// A device in an encoding that is not read.
+    #[error("a device of media type {0:?} is not supported: it has to be stored raw or with zstd")]
+    DeviceEncoding(String),
+    /// An annotation that is not in its grammar, or that cannot be true.
+    #[error("its annotation {key} = {value:?} is wrong: {reason}")]
+    Annotation {
+        /// The annotation's name.
+        key: &'static str,
+        /// What it says.
+        value: String,
+        /// What it should say.
+        reason: String,
+    },
+    /// An annotation that another one needs.
+    #[error("its annotation {0} is missing")]
+    Missing(&'static str),
+    /// It stands where it must not.
+    #[error("{0}")]
+    Order(&'static str),
+    /// No annotation, and the config does not have one diffID a layer.
+    #[error(
+        "its diffID is not known: it has no annotation {UNCOMPRESSED_DIGEST} and the config has {diff_ids} diffIDs for {layers} layers"
+    )]
+    NoDiffId {
+        /// In the config.
+        diff_ids: usize,
+        /// In the manifest.
+        layers: usize,
+    },
+    /// A diffID that is no SHA-256.
+    #[error("its diffID {0} is not a SHA-256 digest")]
+    DiffIdAlgorithm(DiffId),
+    /// A form of dm-verity in which the diffID says nothing about the image's bytes.
+    #[error("it carries dm-verity in the form of containerd pull request 12703, which is not supported")]
+    DraftVerity,
+}
+
+/// Where the chunk index of a layer is, and how to read it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct IndexLocation {
+    /// The blob that holds it: the layer's own, or one beside it.
+    pub blob: BlobDigest,
+    /// Where in that blob; what to hand to [`IndexSection::read`].
+    pub range: ByteRange,
+    /// How to read it. Its digest is always there: an index that nothing vouches for is not planned.
+    pub section: IndexSection,
+}
+
+/// Why a layer that has an index is planned without.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum IgnoredIndex {
+    /// Nothing in the manifest says what the index's bytes are, so that no byte read through it could be trusted.
+    NoDigest,
+    /// It is of a form that is not known.
+    MediaType,
+    /// It is larger than [`MAX_INDEX_SIZE`].
+    TooLarge,
+}
+
+/// The kernel's dm-verity parameters of a layer (section 3.5).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Verity {
+    /// Where the tree begins in the image: the size of the EROFS file system.
+    pub hash_offset: u64,
+    /// Root digest.
+    pub root_digest: Digest,
+    /// Block size.
+    pub block_size: u32,
+}
+
+/// One layer with bytes of its own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LayerPlan {
+    /// Place in the manifest, counted from 0.
+    pub position: usize,
+    /// The blob.
+    pub blob: BlobDigest,
+    /// Its size.
+    pub blob_size: u64,
+    /// Its media type.
+    pub media_type: String,
+    /// How it is stored.
+    pub compression: Compression,
+    /// SHA-256 of the image. For a raw blob that is of the whole blob, an index at its end included (section 5.2).
+    pub diff_id: DiffId,
+    /// Its role, if it has one.
+    pub role: Option<Role>,
+    /// Its chunk index. Without one the layer is read from start to end.
+    pub index: Option<IndexLocation>,
+    /// Why there is no index although the manifest names one.
+    pub ignored_index: Option<IgnoredIndex>,
+    /// dm-verity, if it has it.
+    pub verity: Option<Verity>,
+}
+
+/// One EROFS layer of the stack, and what it needs beside it. The numbers are places in [`ImagePlan::layers`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StackedLayer {
+    /// The layer itself.
+    pub layer: usize,
+    /// Its extra devices in order; device 1 first.
+    pub devices: Vec<usize>,
+    /// The layers that hold contents of its files, with their own devices; lowest first.
+    pub data: Vec<Self>,
+}
+
+/// What an image consists of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImagePlan {
+    /// All layers with bytes of their own, in the manifest's order; standalone indexes are part of what they index.
+    pub layers: Vec<LayerPlan>,
+    /// The overlay stack, lowest layer first. Never empty.
+    pub stack: Vec<StackedLayer>,
+    /// The diffID of every layer in the manifest, standalone indexes included: what ChainIDs are made of.
+    pub diff_ids: Vec<DiffId>,
+}
+
+impl ImagePlan {
+    /// Reads the layers of an image.
+    ///
+    /// # Errors
+    /// See [`PlanError`].
+    pub fn new(manifest: &Manifest, config: &Config) -> Result<Self, PlanError> {
+        Self::of_layers(&manifest.layers, config.diff_ids())
+    }
+
+    /// Reads layer descriptors and the config's diffIDs.
+    ///
+    /// # Errors
+    /// See [`PlanError`].
+    pub fn of_layers(descriptors: &[Descriptor], diff_ids: &[DiffId]) -> Result<Self, PlanError> {
+        if descriptors.is_empty() {
+            return Err(PlanError::NoLayers);
+        }
+        if descriptors.len() > MAX_LAYERS {
+            return Err(PlanError::TooManyLayers(descriptors.len()));
+        }
+        let is_tar = |layer: &Descriptor| {
+            matches!(LayerKind::of(&layer.media_type), LayerKind::Tar(_)) && !layer.annotations.contains_key(ROLE)
+        };
+        if descriptors.iter().all(is_tar) {
+            return Err(PlanError::Tar);
+        }
+        let mut plan = Self { layers: Vec::new(), stack: Vec::new(), diff_ids: Vec::new() };
+        let mut composer = Composer::default();
+        for (position, descriptor) in descriptors.iter().enumerate() {
+            let previous = position.checked_sub(1).and_then(|previous| descriptors.get(previous));
+            let reader = LayerReader { position, descriptor, previous, count: descriptors.len(), diff_ids };
+            reader.read(&mut plan, &mut composer).map_err(|fault| PlanError::Layer {
+                position,
+                digest: descriptor.digest,
+                fault: Box::new(fault),
+            })?;
+        }
+        Ok(plan)
+    }
+}
+
+/// Layers that wait for the one that uses them.
+#[derive(Default)]
+struct Composer {
+    devices: Vec<usize>,
+    data: Vec<StackedLayer>,
+}
+
+/// One descriptor in its place.
+struct LayerReader<'a> {
+    position: usize,
+    descriptor: &'a Descriptor,
+    previous: Option<&'a Descriptor>,
+    count: usize,
+    diff_ids: &'a [DiffId],
+}
+
+impl LayerReader<'_> {
+    fn read(&self, plan: &mut ImagePlan, composer: &mut Composer) -> Result<(), LayerFault> {
+        let role: Option<Role> = self.parsed(ROLE)?;
+        let media_type = &self.descriptor.media_type;
+        let last = self.position + 1 == self.count;
+        let compression = match (LayerKind::of(media_type), role) {
+            (LayerKind::ChunkIndex, None) => return self.read_index(plan, last),
+            (LayerKind::ChunkIndex, Some(_)) => return Err(LayerFault::Order("a chunk index has no role")),
+            (LayerKind::Erofs(compression), _) => compression,
+            (LayerKind::Tar(TarCompression::None), Some(Role::Device)) => Compression::None,
+            (LayerKind::Tar(TarCompression::Zstd), Some(Role::Device)) => Compression::Zstd,
+            (LayerKind::Tar(TarCompression::Gzip), Some(Role::Device)) => {
+                return Err(LayerFault::DeviceEncoding(media_type.clone()));
+            }
+            (LayerKind::Unknown, Some(Role::Device)) => match media_type.rsplit_once('+') {
+                None => Compression::None,
+                Some((_, "zstd")) => Compression::Zstd,
+                Some(_) => return Err(LayerFault::DeviceEncoding(media_type.clone())),
+            },
+            (LayerKind::Tar(_), _) => return Err(LayerFault::Tar(media_type.clone())),
+            (LayerKind::Unknown, _) => return Err(LayerFault::MediaType(media_type.clone())),
+        };
+        if last && matches!(role, Some(Role::Device | Role::OverlayData)) {
+            return Err(LayerFault::Order(
+                "the last layer must be one that can be mounted, not a device or data layer",
+            ));
+        }
+        let diff_id = self.diff_id(compression)?;
+        let (index, ignored_index) = match self.embedded_index(compression)? {
+            None => (None, None),
+            Some(Ok(index)) => (Some(index), None),
+            Some(Err(ignored)) => (None, Some(ignored)),
+        };
+        let layer = plan.layers.len();
+        plan.diff_ids.push(diff_id);
+        plan.layers.push(LayerPlan {
+            position: self.position,
+            blob: self.descriptor.digest,
+            blob_size: self.descriptor.size,
+            media_type: media_type.clone(),
+            compression,
+            diff_id,
+            role,
+            index,
+            ignored_index,
+            verity: self.verity()?,
+        });
+        if role == Some(Role::Device) {
+            composer.devices.push(layer);
+            return Ok(());
+        }
+        let devices = std::mem::take(&mut composer.devices);
+        if role == Some(Role::OverlayData) {
+            composer.data.push(StackedLayer { layer, devices, data: Vec::new() });
+        } else {
+            plan.stack.push(StackedLayer { layer, devices, data: std::mem::take(&mut composer.data) });
+        }
+        Ok(())
+    }
+
+    fn annotation(&self, key: &str) -> Option<&str> {
+        self.descriptor.annotations.get(key).map(String::as_str)
+    }
+
+    fn wrong(&self, key: &'static str, reason: impl Into<String>) -> LayerFault {
+        let value = self.annotation(key).unwrap_or_default().to_owned();
+        LayerFault::Annotation { key, value, reason: reason.into() }
+    }
+
+    fn parsed<T: FromStr<Err: ToString>>(&self, key: &'static str) -> Result<Option<T>, LayerFault> {
+        let parse = |text: &str| text.parse().map_err(|error: T::Err| self.wrong(key, error.to_string()));
+        self.annotation(key).map(parse).transpose()
+    }
+
+    /// A number in the specification's grammar: digits and nothing else.
+    fn number(&self, key: &'static str) -> Result<Option<u64>, LayerFault> {
+        let parse = |text| decimal(text).ok_or_else(|| self.wrong(key, "not a number of 64 bits"));
+        self.annotation(key).map(parse).transpose()
+    }
+
+    fn diff_id(&self, compression: Compression) -> Result<DiffId, LayerFault> {
+        let annotated: Option<DiffId> = self.parsed(UNCOMPRESSED_DIGEST)?;
+        let stored = self.descriptor.digest.0;
+        let diff_id = if compression == Compression::None && stored.algorithm() == Algorithm::Sha256 {
+            if annotated.is_some_and(|annotated| annotated.0 != stored) {
+                return Err(self.wrong(UNCOMPRESSED_DIGEST, "a raw layer's is its blob's digest"));
+            }
+            DiffId(stored)
+        } else if let Some(annotated) = annotated {
+            annotated
+        } else {
+            let configured = self.diff_ids.get(self.position).filter(|_| self.diff_ids.len() == self.count);
+            *configured.ok_or(LayerFault::NoDiffId { diff_ids: self.diff_ids.len(), layers: self.count })?
+        };
+        if diff_id.0.algorithm() == Algorithm::Sha256 { Ok(diff_id) } else { Err(LayerFault::DiffIdAlgorithm(diff_id)) }
+    }
+
+    fn embedded_index(
+        &self,
+        compression: Compression,
+    ) -> Result<Option<Result<IndexLocation, IgnoredIndex>>, LayerFault> {
+        if self.annotation(INDEX_RANGE).is_some() {
+            return self.embedded_spec_index(compression).map(Some);
+        }
+        if compression == Compression::None {
+            return Ok(None);
+        }
+        if self.annotation(PR_VERITY).is_some() {
+            return Err(LayerFault::DraftVerity);
+        }
+        let Some(start) = self.number(PR_TABLE_OFFSET)? else { return Ok(None) };
+        let digest: Option<IndexDigest> = self.parsed(PR_TABLE_DIGEST)?;
+        let range = self.index_range(PR_TABLE_OFFSET, start, self.descriptor.size, 8 + 24)?;
+        let section = IndexSection {
+            family: IndexFamily::Pr12703,
+            framing: Framing::Frame,
+            compression,
+            digest: Some(digest.ok_or(LayerFault::Missing(PR_TABLE_DIGEST))?),
+            data_end: start,
+        };
+        Ok(Some(located(self.descriptor.digest, range, section)))
+    }
+
+    fn embedded_spec_index(&self, compression: Compression) -> Result<Result<IndexLocation, IgnoredIndex>, LayerFault> {
+        let text = self.annotation(INDEX_RANGE).unwrap_or_default();
+        let (start, end) = match text.split_once(':') {
+            None => (decimal(text), Some(self.descriptor.size)),
+            Some((start, end)) => (decimal(start), decimal(end)),
+        };
+        let (start, end) =
+            start.zip(end).ok_or_else(|| self.wrong(INDEX_RANGE, "not START or START:END in decimal"))?;
+        let (framing, shortest) = match compression {
+            Compression::None => (Framing::Bare, 32),
+            Compression::Zstd => (Framing::Frame, 8 + 32),
+        };
+        let range = self.index_range(INDEX_RANGE, start, end, shortest)?;
+        let digest = self.parsed(INDEX_DIGEST)?;
+        if self.annotation(INDEX_MEDIA_TYPE).is_some_and(|media_type| media_type != CHUNK_INDEX) {
+            return Ok(Err(IgnoredIndex::MediaType));
+        }
+        if digest.is_none() {
+            return Ok(Err(IgnoredIndex::NoDigest));
+        }
+        let section = IndexSection { family: IndexFamily::ImageSpec, framing, compression, digest, data_end: start };
+        Ok(located(self.descriptor.digest, range, section))
+    }
+
+    fn index_range(&self, key: &'static str, start: u64, end: u64, shortest: u64) -> Result<ByteRange, LayerFault> {
+        if end > self.descriptor.size {
+            return Err(self.wrong(key, format!("the blob has only {} bytes", self.descriptor.size)));
+        }
+        ByteRange::new(start, end)
+            .ok()
+            .filter(|range| range.len() >= shortest)
+            .ok_or_else(|| self.wrong(key, format!("there is no room for an index between {start} and {end}")))
+    }
+
+    /// A standalone index: it belongs to the layer before it (section 3.4.3).
+    fn read_index(&self, plan: &mut ImagePlan, last: bool) -> Result<(), LayerFault> {
+        let Some(previous) = self.previous else {
+            return Err(LayerFault::Order("a chunk index cannot be the first layer"));
+        };
+        if last {
+            return Err(LayerFault::Order("a chunk index cannot be the last layer"));
+        }
+        if LayerKind::of(&previous.media_type) == LayerKind::ChunkIndex {
+            return Err(LayerFault::Order("a chunk index cannot follow another one"));
+        }
+        if let Some(target) = self.parsed::<BlobDigest>(INDEX_TARGET)?
+            && target != previous.digest
+        {
+            return Err(self.wrong(INDEX_TARGET, format!("the layer before it is {}", previous.digest)));
+        }
+        let digest = self.parsed(INDEX_DIGEST)?.unwrap_or(IndexDigest(self.descriptor.digest.0));
+        let diff_id = self.diff_id(Compression::None)?;
+        plan.diff_ids.push(diff_id);
+        let layer = plan.layers.last_mut().ok_or(LayerFault::Order("a chunk index cannot be the first layer"))?;
+        if layer.index.is_none() {
+            let section = IndexSection {
+                family: IndexFamily::ImageSpec,
+                framing: Framing::Bare,
+                compression: layer.compression,
+                digest: Some(digest),
+                data_end: layer.blob_size,
+            };
+            match located(self.descriptor.digest, ByteRange::to(self.descriptor.size), section) {
+                Ok(index) => (layer.index, layer.ignored_index) = (Some(index), None),
+                Err(ignored) => layer.ignored_index = Some(ignored),
+            }
+        }
+        Ok(())
+    }
+
+    fn verity(&self) -> Result<Option<Verity>, LayerFault> {
+        let (Some(hash_offset), Some(root_digest)) =
+            (self.number(VERITY_HASH_OFFSET)?, self.parsed(VERITY_ROOT_DIGEST)?)
+        else {
+            return Ok(None);
+        };
+        let block_size = self.number(VERITY_BLOCK_SIZE)?.unwrap_or(4096);
+        // The kernel's dm-verity takes powers of two from 512 bytes up to a page, which has at most 64 KiB.
+        let block_size = u32::try_from(block_size)
+            .ok()
+            .filter(|size| size.is_power_of_two() && (512..=65536).contains(size))
+            .ok_or_else(|| self.wrong(VERITY_BLOCK_SIZE, "not a power of two from 512 to 65536"))?;
+        if !hash_offset.is_multiple_of(block_size.into()) {
+            return Err(self.wrong(VERITY_HASH_OFFSET, format!("not a multiple of the block size {block_size}")));
+        }
+        Ok(Some(Verity { hash_offset, root_digest, block_size }))
+    }
+}
+
+fn located(blob: BlobDigest, range: ByteRange, section: IndexSection) -> Result<IndexLocation, IgnoredIndex> {
+    if range.len() > MAX_INDEX_SIZE {
+        return Err(IgnoredIndex::TooLarge);
+    }
+    Ok(IndexLocation { blob, range, section })
+}
+
+fn decimal(text: &str) -> Option<u64> {
+    if text.is_empty() || !text.bytes().all(|byte| byte.is_ascii_digit()) {
+        return None;
+    }
+    text.parse().ok()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,3 +1,22 @@
 //! The EROFS on-disk format: reader and writer. Bytes in, values out.
+//!
+//! [`Image`] reads: it answers questions about one image from bytes that come through [`ReadAt`](crate::model::ReadAt),
+//! trusts none of them, and keeps no state, so that an operation that met [`Error::Absent`] is simply run again.
+//! Images that need EROFS's own compression are refused by the feature's name.
 
 pub mod ondisk;
+
+mod data;
+mod dir;
+mod error;
+mod image;
+mod inode;
+mod superblock;
+mod xattr;
+
+pub use data::{Extent, ExtentSource, Extents};
+pub use dir::{DirEntry, DirPage};
+pub use error::{Defect, Error, Place};
+pub use image::{Device, Image};
+pub use inode::{Inode, Nid};
+pub use superblock::Superblock;

@@ -767,6 +767,11 @@ pub fn xattr_prefix(index: u8) -> Option<&'static [u8]> {
     XATTR_PREFIXES.iter().find(|(known, _)| *known == index).map(|(_, prefix)| *prefix)
 }
 
+/// As [`xattr_prefix`], but none for prefixes whose attributes the kernel does not show (Lustre's).
+pub fn visible_xattr_prefix(index: u8) -> Option<&'static [u8]> {
+    if index == 5 { None } else { xattr_prefix(index) }
+}
+
 /// Cuts a full attribute name into prefix index and rest; none if EROFS has no prefix for it.
 pub fn split_xattr_name(name: &[u8]) -> Option<(u8, &[u8])> {
     XATTR_PREFIXES.iter().find_map(|(index, prefix)| {

@@ -1,0 +1,225 @@
+//! Directories: blocks of sorted names, searched by halves.
+
+use std::cmp::Ordering;
+
+use super::ondisk::{self, DIRENT_SIZE, Dirent, NID_METABOX_BIT};
+use super::{Defect, Error, Image, Inode, Nid};
+use crate::model::{FileKind, Name, ReadAt};
+
+/// A name in a directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DirEntry {
+    /// The name; never `.` or `..`.
+    pub name: Name,
+    /// The file.
+    pub nid: Nid,
+    /// The file's type as the directory tells it; the inode has the last word. None if the directory does not say.
+    pub kind: Option<FileKind>,
+}
+
+/// The names of one directory block.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DirPage {
+    /// In the order of the image, which is that of their bytes. May be empty.
+    pub entries: Vec<DirEntry>,
+    /// Where to read on; none after the last page.
+    pub next: Option<u64>,
+}
+
+/// One block of a directory. Its name offsets have been checked: they ascend and stay inside.
+pub(crate) struct DirBlock {
+    bytes: Vec<u8>,
+    count: usize,
+    number: u64,
+}
+
+/// An entry as it stands in a block, `.` and `..` included, with a name that may be impossible.
+pub(crate) struct RawEntry<'a> {
+    pub(crate) name: &'a [u8],
+    pub(crate) dirent: Dirent,
+}
+
+impl RawEntry<'_> {
+    pub(crate) fn is_dot(&self) -> bool {
+        matches!(self.name, b"." | b"..")
+    }
+}
+
+impl DirBlock {
+    fn parse(inode: &Inode, number: u64, bytes: Vec<u8>) -> Result<Self, Error> {
+        let wrong = || inode.corrupt(Defect::NameOffsets { block: number });
+        let first = bytes.first_chunk().map(Dirent::decode).ok_or_else(wrong)?;
+        let table = usize::from(first.name_offset);
+        if table == 0 || table % DIRENT_SIZE != 0 || table >= bytes.len() {
+            return Err(wrong());
+        }
+        let block = Self { count: table / DIRENT_SIZE, bytes, number };
+        let mut last = 0;
+        for index in 0..block.count {
+            let offset = block.name_offset(index).ok_or_else(wrong)?;
+            if offset <= last || offset >= block.bytes.len() {
+                return Err(wrong());
+            }
+            last = offset;
+        }
+        // Every name but the last one has a byte now; the last one must not begin with its terminator.
+        if block.bytes.get(last) == Some(&0) {
+            return Err(wrong());
+        }
+        Ok(block)
+    }
+
+    fn dirent(&self, index: usize) -> Option<Dirent> {
+        self.bytes.get(index.checked_mul(DIRENT_SIZE)?..)?.first_chunk().map(Dirent::decode)
+    }
+
+    fn name_offset(&self, index: usize) -> Option<usize> {
+        self.dirent(index).map(|dirent| dirent.name_offset.into())
+    }
+
+    /// Entry `index` of `0..len()`.
+    fn get(&self, index: usize) -> RawEntry<'_> {
+        let dirent = self.dirent(index).expect("the table was checked to be inside of the block");
+        let start = usize::from(dirent.name_offset);
+        let name = if index + 1 < self.count {
+            let end = self.name_offset(index + 1).expect("the table was checked to be inside of the block");
+            self.bytes.get(start..end)
+        } else {
+            self.bytes.get(start..).and_then(|rest| rest.split(|byte| *byte == 0).next())
+        };
+        RawEntry { name: name.expect("the offsets were checked to ascend inside of the block"), dirent }
+    }
+
+    pub(crate) fn entries(&self) -> impl Iterator<Item = RawEntry<'_>> {
+        (0..self.count).map(|index| self.get(index))
+    }
+
+    /// Searches by halves.
+    fn find(&self, name: &[u8]) -> Option<usize> {
+        let (mut low, mut high) = (0, self.count);
+        while low < high {
+            let middle = low + (high - low) / 2;
+            match self.get(middle).name.cmp(name) {
+                Ordering::Equal => return Some(middle),
+                Ordering::Less => low = middle + 1,
+                Ordering::Greater => high = middle,
+            }
+        }
+        None
+    }
+}
+
+impl Inode {
+    pub(crate) fn expect_directory(&self) -> Result<(), Error> {
+        match self.attributes.kind {
+            FileKind::Directory => Ok(()),
+            found => Err(Error::WrongKind { nid: self.nid, wanted: "directory", found }),
+        }
+    }
+
+    fn entry(&self, raw: &RawEntry<'_>) -> Result<DirEntry, Error> {
+        let name = Name::new(raw.name).map_err(|error| self.corrupt(error))?;
+        if raw.dirent.nid & NID_METABOX_BIT != 0 {
+            return Err(self.corrupt(Defect::MetaboxNid(raw.dirent.nid)));
+        }
+        Ok(DirEntry { name, nid: Nid(raw.dirent.nid), kind: ondisk::kind_of_file_type(raw.dirent.file_type) })
+    }
+}
+
+impl<R: ReadAt> Image<R> {
+    /// Finds a name in a directory. `.` and `..` are no names.
+    ///
+    /// # Errors
+    /// [`Error::WrongKind`] if it is no directory; else see [`Error`].
+    pub fn lookup(&self, directory: &Inode, name: &[u8]) -> Result<Option<DirEntry>, Error> {
+        let blocks = self.dir_blocks(directory)?;
+        if Name::check(name).is_err() {
+            return Ok(None);
+        }
+        let (mut low, mut high) = (0, blocks);
+        while low < high {
+            let middle = low + (high - low) / 2;
+            let block = self.dir_block(directory, middle)?;
+            if name < block.get(0).name {
+                high = middle;
+            } else if name > block.get(block.count - 1).name {
+                low = middle + 1;
+            } else {
+                return block.find(name).map(|index| directory.entry(&block.get(index))).transpose();
+            }
+        }
+        Ok(None)
+    }
+
+    /// One page of a directory's names: `from` is 0 or what [`DirPage::next`] said.
+    ///
+    /// # Errors
+    /// [`Error::WrongKind`] if it is no directory; [`Error::Corrupt`] if a name is impossible or not sorted; else see
+    /// [`Error`].
+    pub fn read_dir(&self, directory: &Inode, from: u64) -> Result<DirPage, Error> {
+        let blocks = self.dir_blocks(directory)?;
+        if from >= blocks {
+            return Ok(DirPage { entries: Vec::new(), next: None });
+        }
+        let block = self.dir_block(directory, from)?;
+        let mut entries = Vec::with_capacity(block.count);
+        let mut last: Option<&[u8]> = None;
+        for index in 0..block.count {
+            let raw = block.get(index);
+            if last.is_some_and(|last| last >= raw.name) {
+                return Err(unsorted(directory, raw.name));
+            }
+            last = Some(raw.name);
+            if !raw.is_dot() {
+                entries.push(directory.entry(&raw)?);
+            }
+        }
+        Ok(DirPage { entries, next: (from + 1 < blocks).then_some(from + 1) })
+    }
+
+    /// All names of a directory, sorted, none twice.
+    ///
+    /// # Errors
+    /// As [`Image::read_dir`].
+    pub fn entries(&self, directory: &Inode) -> Result<Vec<DirEntry>, Error> {
+        let mut all: Vec<DirEntry> = Vec::new();
+        let mut from = Some(0);
+        while let Some(page) = from {
+            let page = self.read_dir(directory, page)?;
+            // Order across pages also bounds the whole: a directory whose blocks are the same bytes again and again
+            // ends here.
+            if let (Some(last), Some(first)) = (all.last(), page.entries.first())
+                && last.name >= first.name
+            {
+                return Err(unsorted(directory, first.name.as_bytes()));
+            }
+            all.extend(page.entries);
+            from = page.next;
+        }
+        Ok(all)
+    }
+
+    /// How many blocks a directory has.
+    pub(crate) fn dir_blocks(&self, directory: &Inode) -> Result<u64, Error> {
+        directory.expect_directory()?;
+        let size = directory.attributes.size;
+        if size > self.total_size() {
+            return Err(directory.corrupt(Defect::DirectorySize { size }));
+        }
+        Ok(size.div_ceil(self.superblock().dir_block_size()))
+    }
+
+    /// Block `number` of a directory.
+    pub(crate) fn dir_block(&self, directory: &Inode, number: u64) -> Result<DirBlock, Error> {
+        let block_size = self.superblock().dir_block_size();
+        let start = number.checked_mul(block_size).ok_or_else(|| directory.corrupt(Defect::Overflow))?;
+        let len = directory.attributes.size.saturating_sub(start).min(block_size);
+        let mut bytes = vec![0; usize::try_from(len).expect("a directory block has 64 KiB at most")];
+        self.read(directory, start, &mut bytes)?;
+        DirBlock::parse(directory, number, bytes)
+    }
+}
+
+pub(crate) fn unsorted(directory: &Inode, name: &[u8]) -> Error {
+    directory.corrupt(Defect::Unsorted(String::from_utf8_lossy(name).into_owned()))
+}

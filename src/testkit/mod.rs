@@ -1,1 +1,3 @@
 //! What the tests of several rooms share: generators, faulty peers, judges.
+
+pub mod tree;

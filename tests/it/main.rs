@@ -1,3 +1,4 @@
 //! Everything that needs a real kernel, a real registry or more than one room.
 
 mod architecture;
+mod erofs_reader;

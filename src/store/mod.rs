@@ -1,1 +1,264 @@
-//! Blob files, presence bitmaps and what survives a crash.
+//! What has been fetched, on disk, shared by every process of one root.
+//!
+//! ```text
+//! <root>/format                                    the version of this layout
+//! <root>/blobs/<algorithm>/<hex>/<anchor>/         one layer image:
+//!     image       sparse file, the layer image at its natural offsets
+//!     present     which chunks survive a power cut: one bit a chunk, checksummed
+//!     live        which chunks are there now: one byte a chunk, of this boot, mapped by every process
+//!     index       the payload of the chunk index
+//!     meta.json   what this is, and whether all of it has been verified
+//!     lock guard  advisory locks: shared while used, exclusive for removal; exclusive for short changes
+//! <root>/documents/<algorithm>/<hex>               manifests, configs: small blobs kept whole
+//! <root>/refs/<hex>.json                           what a reference pointed to when it was last seen
+//! <root>/tmp/                                      things in the making
+//! ```
+//!
+//! An anchor is what an image's bytes were verified against: see [`Anchor`].
+//!
+//! Guarantees. A chunk is marked after its bytes were written, and marked durably only after they were synced, so a mark
+//! never lies: a killed process loses nothing, a power cut loses at most the chunks of the last seconds. Things appear
+//! whole or not at all, whoever else creates them at the same moment. What is damaged counts as absent (with a
+//! warning), what is newer is refused. A full disk is an error of its own.
+//!
+//! The store is for processes of one machine: marks are shared through memory. It refuses to know what an image holds,
+//! where bytes come from, and does not verify them: whoever writes has.
+
+mod bits;
+mod blob;
+mod disk;
+mod documents;
+mod error;
+mod files;
+mod meta;
+mod sync;
+mod whole;
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+pub use bits::BootId;
+pub use blob::BlobFile;
+pub use documents::Reference;
+pub use error::StoreError;
+pub use meta::{Anchor, BlobSpec, Verdict};
+pub use whole::WholeWriter;
+
+use crate::model::{BlobDigest, Digest};
+use crate::sys::{FileLock, LockMode};
+use sync::Syncer;
+
+/// The only version of the layout.
+const FORMAT: &str = "headstart store 1\n";
+
+/// Things in `tmp/` that nobody holds a lock on and that are older than this are left-overs of dead processes. A living
+/// one takes its lock within milliseconds.
+const LEFT_OVER_AGE: Duration = Duration::from_secs(3600);
+
+/// How a store behaves.
+#[derive(Debug, Clone, Copy)]
+pub struct StoreConfig {
+    /// Longest time that a written chunk stays unsynced: what a power cut may cost, against a `fdatasync` that often.
+    pub sync_interval: Duration,
+    /// Bytes written to one image that trigger a sync before that time. A disk of 200 MB/s has at most a second of them.
+    pub sync_bytes: u64,
+    /// Which boot this is; none asks the kernel.
+    pub boot: Option<BootId>,
+}
+
+impl Default for StoreConfig {
+    fn default() -> Self {
+        Self { sync_interval: Duration::from_secs(5), sync_bytes: 256 << 20, boot: None }
+    }
+}
+
+/// A store's root, opened.
+#[derive(Debug)]
+pub struct Store {
+    root: PathBuf,
+    boot: BootId,
+    syncer: Arc<Syncer>,
+}
+
+impl Store {
+    /// Opens the store below `root`, which is made if it is missing.
+    ///
+    /// # Errors
+    /// A directory that cannot be made, or a layout newer than this program.
+    pub fn open(root: &Path) -> Result<Self, StoreError> {
+        Self::open_with(root, StoreConfig::default())
+    }
+
+    /// [`Store::open`] with other settings.
+    ///
+    /// # Errors
+    /// As [`Store::open`].
+    pub fn open_with(root: &Path, config: StoreConfig) -> Result<Self, StoreError> {
+        let boot = match config.boot {
+            Some(boot) => boot,
+            None => this_boot()?,
+        };
+        files::make_dirs(root)?;
+        for below in ["blobs", "documents", "refs", "tmp"] {
+            files::make_dirs(&root.join(below))?;
+        }
+        check_format(root)?;
+        let syncer = Syncer::start(config.sync_interval, config.sync_bytes)?;
+        let store = Self { root: root.to_owned(), boot, syncer };
+        store.clear_left_overs();
+        Ok(store)
+    }
+
+    /// The directory everything lies below.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The image of `spec`, made if it is not there yet. `index` is the (verified) payload of its chunk index.
+    ///
+    /// # Errors
+    /// See [`StoreError`].
+    pub fn blob(&self, spec: &BlobSpec, index: &[u8]) -> Result<Arc<BlobFile>, StoreError> {
+        let place = self.place(&spec.blob, spec.anchor);
+        loop {
+            if let Some(found) = self.existing(&spec.blob, spec.anchor)? {
+                if found.spec() == spec {
+                    found.keep_index(index)?;
+                    return Ok(found);
+                }
+                tracing::warn!(path = %place.display(), "image is not what its index says, starting anew");
+                drop(found);
+                self.discard(&place)?;
+            }
+            blob::create(&self.tmp(), &place, spec, index)?;
+        }
+    }
+
+    /// The image of `blob` with this anchor, if there is one.
+    ///
+    /// # Errors
+    /// See [`StoreError`].
+    pub fn existing(&self, blob: &BlobDigest, anchor: Anchor) -> Result<Option<Arc<BlobFile>>, StoreError> {
+        let place = self.place(blob, anchor);
+        match BlobFile::open(&place, blob, anchor, self.boot, &self.syncer)? {
+            blob::Opened::There(file) => {
+                let file = Arc::<BlobFile>::from(file);
+                if file.has_unsynced_marks()? {
+                    self.syncer.written(&file, 0, 0);
+                }
+                Ok(Some(file))
+            }
+            blob::Opened::Absent => Ok(None),
+            blob::Opened::Damaged(why) => {
+                tracing::warn!(path = %place.display(), "image counts as absent: {why}");
+                self.discard(&place)?;
+                Ok(None)
+            }
+        }
+    }
+
+    /// The payload of the chunk index `anchor` of `blob` as it was kept, if it still has its digest.
+    ///
+    /// # Errors
+    /// A file that cannot be read.
+    pub fn index(&self, blob: &BlobDigest, anchor: Anchor) -> Result<Option<Vec<u8>>, StoreError> {
+        let (Anchor::ImageSpec(digest) | Anchor::Pr12703(digest)) = anchor else { return Ok(None) };
+        let path = self.place(blob, anchor).join(blob::INDEX);
+        let Some(payload) = files::read_bounded(&path, crate::chunked::MAX_INDEX_SIZE)? else { return Ok(None) };
+        if Digest::of(digest.0.algorithm(), &payload) != digest.0 {
+            tracing::warn!(path = %path.display(), "chunk index counts as absent: it does not have its digest");
+            return Ok(None);
+        }
+        Ok(Some(payload))
+    }
+
+    /// Begins an image that is written from start to end and appears in the store when it is complete.
+    ///
+    /// # Errors
+    /// See [`StoreError`].
+    pub fn write_whole(&self, blob: &BlobDigest) -> Result<WholeWriter, StoreError> {
+        WholeWriter::begin(&self.tmp(), self.place(blob, Anchor::Whole), *blob)
+    }
+
+    fn place(&self, blob: &BlobDigest, anchor: Anchor) -> PathBuf {
+        let Self { root, .. } = self;
+        root.join("blobs").join(blob.0.algorithm().name()).join(blob.0.hex()).join(anchor.to_string())
+    }
+
+    fn tmp(&self) -> PathBuf {
+        self.root.join("tmp")
+    }
+
+    /// Removes an image that nobody uses.
+    fn discard(&self, place: &Path) -> Result<(), StoreError> {
+        let lock = place.join(blob::LOCK);
+        let held = match FileLock::try_acquire(&lock, LockMode::Exclusive) {
+            Ok(Some(held)) => Some(held),
+            Ok(None) => return Err(StoreError::DamagedInUse { path: place.to_owned() }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => return Err(StoreError::io("lock", &lock, error)),
+        };
+        if let Some(held) = &held
+            && !held.still_names(&lock).map_err(|error| StoreError::io("look at", &lock, error))?
+        {
+            return Ok(());
+        }
+        let grave = files::temp_dir(&self.tmp())?;
+        match std::fs::rename(place, grave.path().join("discarded")) {
+            Ok(()) => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(StoreError::io("move away", place, error)),
+        }
+    }
+
+    /// Removes what dead processes left in `tmp/`. Nothing depends on it, so nothing that goes wrong here is an error.
+    fn clear_left_overs(&self) {
+        let Ok(entries) = std::fs::read_dir(self.tmp()) else { return };
+        for entry in entries.flatten() {
+            let path = entry.path();
+            let old = entry
+                .metadata()
+                .and_then(|metadata| metadata.modified())
+                .is_ok_and(|time| SystemTime::now().duration_since(time).is_ok_and(|age| age > LEFT_OVER_AGE));
+            if !old || matches!(FileLock::try_acquire(&path.join(blob::LOCK), LockMode::Exclusive), Ok(None)) {
+                continue;
+            }
+            let removed = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+            if let Err(error) = removed {
+                tracing::warn!(path = %path.display(), "cannot remove a left-over of a dead process: {error}");
+            }
+        }
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        self.syncer.stop();
+    }
+}
+
+fn this_boot() -> Result<BootId, StoreError> {
+    let path = "/proc/sys/kernel/random/boot_id";
+    let text = std::fs::read_to_string(path).map_err(|error| StoreError::io("read", path, error))?;
+    BootId::parse(&text).ok_or_else(|| StoreError::io("understand", path, io::Error::other("it holds no boot id")))
+}
+
+fn check_format(root: &Path) -> Result<(), StoreError> {
+    let path = root.join("format");
+    match std::fs::read_to_string(&path) {
+        Ok(text) if text == FORMAT => Ok(()),
+        Ok(text) if text.starts_with("headstart store ") => {
+            Err(StoreError::Unsupported { path, needs: text.trim().to_owned() })
+        }
+        Ok(_) => files::replace(&path, FORMAT.as_bytes(), files::Durability::Relaxed),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            files::replace(&path, FORMAT.as_bytes(), files::Durability::Relaxed)
+        }
+        Err(error) => Err(StoreError::io("read", &path, error)),
+    }
+}
+
+#[cfg(test)]
+mod tests;

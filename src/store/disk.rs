@@ -1,0 +1,29 @@
+//! The one file whose bytes matter: the image. A seam, so that a test can lose what was never synced.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+/// A file that can be read, written and made to last.
+pub(super) trait Disk: Send + Sync + std::fmt::Debug {
+    /// Reads all of `buf` from `offset`.
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()>;
+    /// Writes all of `data` at `offset`.
+    fn write_all_at(&self, data: &[u8], offset: u64) -> io::Result<()>;
+    /// Returns when everything written before, by anybody, survives a power cut.
+    fn sync_data(&self) -> io::Result<()>;
+}
+
+impl Disk for File {
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        FileExt::read_exact_at(self, buf, offset)
+    }
+
+    fn write_all_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
+        FileExt::write_all_at(self, data, offset)
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        Self::sync_data(self)
+    }
+}

@@ -5,3 +5,4 @@
 mod architecture;
 mod erofs_reader;
 mod serve;
+mod tar;

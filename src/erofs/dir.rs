@@ -30,7 +30,6 @@ pub struct DirPage {
 pub(crate) struct DirBlock {
     bytes: Vec<u8>,
     count: usize,
-    number: u64,
 }
 
 /// An entry as it stands in a block, `.` and `..` included, with a name that may be impossible.
@@ -53,7 +52,7 @@ impl DirBlock {
         if table == 0 || table % DIRENT_SIZE != 0 || table >= bytes.len() {
             return Err(wrong());
         }
-        let block = Self { count: table / DIRENT_SIZE, bytes, number };
+        let block = Self { count: table / DIRENT_SIZE, bytes };
         let mut last = 0;
         for index in 0..block.count {
             let offset = block.name_offset(index).ok_or_else(wrong)?;

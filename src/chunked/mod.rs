@@ -17,8 +17,6 @@ mod index;
 mod sequential;
 #[cfg(test)]
 mod tests;
-#[cfg(test)]
-mod vectors;
 
 pub use assemble::{AssembleError, BlobAssembler, BlobSummary, DetachedIndex};
 pub use fault::{CorruptIndex, IndexError, UnreadableIndex};

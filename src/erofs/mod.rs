@@ -2,9 +2,10 @@
 //!
 //! [`Image`] reads: it answers questions about one image from bytes that come through [`ReadAt`](crate::model::ReadAt),
 //! trusts none of them, and keeps no state, so that an operation that met [`Error::Absent`] is simply run again.
-//! Images that need EROFS's own compression are refused by the feature's name.
+//! Images that need EROFS's own compression are refused by the feature's name. [`writer`] writes.
 
 pub mod ondisk;
+pub mod writer;
 
 mod data;
 mod dir;

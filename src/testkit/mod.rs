@@ -1,4 +1,4 @@
 //! What the tests of several rooms share: generators, faulty peers, judges.
 
-pub mod tar;
+pub mod images;
 pub mod tree;

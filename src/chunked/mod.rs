@@ -17,6 +17,8 @@ mod index;
 mod sequential;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod vectors;
 
 pub use assemble::{AssembleError, BlobAssembler, BlobSummary, DetachedIndex};
 pub use fault::{CorruptIndex, IndexError, UnreadableIndex};

@@ -30,7 +30,6 @@ pub struct DirPage {
 pub(crate) struct DirBlock {
     bytes: Vec<u8>,
     count: usize,
-    number: u64,
 }
 
 /// An entry as it stands in a block, `.` and `..` included, with a name that may be impossible.
@@ -53,7 +52,7 @@ impl DirBlock {
         if table == 0 || table % DIRENT_SIZE != 0 || table >= bytes.len() {
             return Err(wrong());
         }
-        let block = Self { count: table / DIRENT_SIZE, bytes, number };
+        let block = Self { count: table / DIRENT_SIZE, bytes };
         let mut last = 0;
         for index in 0..block.count {
             let offset = block.name_offset(index).ok_or_else(wrong)?;
@@ -132,11 +131,16 @@ impl<R: ReadAt> Image<R> {
     /// # Errors
     /// [`Error::WrongKind`] if it is no directory; else see [`Error`].
     pub fn lookup(&self, directory: &Inode, name: &[u8]) -> Result<Option<DirEntry>, Error> {
-        let blocks = self.dir_blocks(directory)?;
         if Name::check(name).is_err() {
+            directory.expect_directory()?;
             return Ok(None);
         }
-        let (mut low, mut high) = (0, blocks);
+        self.search(directory, name, |raw| directory.entry(raw))?.transpose()
+    }
+
+    /// Finds an entry by halves, `.` and `..` included, and takes from it what `take` does.
+    fn search<T>(&self, directory: &Inode, name: &[u8], take: impl Fn(&RawEntry<'_>) -> T) -> Result<Option<T>, Error> {
+        let (mut low, mut high) = (0, self.dir_blocks(directory)?);
         while low < high {
             let middle = low + (high - low) / 2;
             let block = self.dir_block(directory, middle)?;
@@ -145,10 +149,22 @@ impl<R: ReadAt> Image<R> {
             } else if name > block.get(block.count - 1).name {
                 low = middle + 1;
             } else {
-                return block.find(name).map(|index| directory.entry(&block.get(index))).transpose();
+                return Ok(block.find(name).map(|index| take(&block.get(index))));
             }
         }
         Ok(None)
+    }
+
+    /// The directory that holds a directory: its `..`. The root's is the root.
+    ///
+    /// # Errors
+    /// [`Error::WrongKind`] if it is no directory; [`Error::Corrupt`] if it has no `..`; else see [`Error`].
+    pub fn parent(&self, directory: &Inode) -> Result<Nid, Error> {
+        let nid = self.search(directory, b"..", |raw| raw.dirent.nid)?;
+        match nid.ok_or_else(|| directory.corrupt(Defect::NoParent))? {
+            nid if nid & NID_METABOX_BIT != 0 => Err(directory.corrupt(Defect::MetaboxNid(nid))),
+            nid => Ok(Nid(nid)),
+        }
     }
 
     /// One page of a directory's names: `from` is 0 or what [`DirPage::next`] said.

@@ -75,6 +75,9 @@ pub enum Defect {
     /// A name that cannot be.
     #[error("{0}")]
     Name(#[from] NameError),
+    /// A directory without `..`.
+    #[error("the directory does not name the one that holds it")]
+    NoParent,
     /// Names that do not ascend.
     #[error("name {0:?} is not sorted")]
     Unsorted(String),

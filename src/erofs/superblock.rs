@@ -6,15 +6,13 @@ use super::ondisk::{
 use super::{Defect, Error, Nid, Place};
 use crate::model::{ReadAt, Timestamp};
 
-/// Incompatible features whose presence changes nothing, or that the reader knows.
-///
-/// `lz4_0padding` speaks of compressed data alone and is set by `mkfs.erofs` on images that have none; whether a file
-/// is compressed stands in its inode.
-const SUPPORTED: u32 = incompat::LZ4_0PADDING
-    | incompat::CHUNKED_FILE
-    | incompat::DEVICE_TABLE
-    | incompat::XATTR_PREFIXES
-    | incompat::BITS_48;
+/// Incompatible features that the reader knows.
+const SUPPORTED: u32 = incompat::CHUNKED_FILE | incompat::DEVICE_TABLE | incompat::XATTR_PREFIXES | incompat::BITS_48;
+
+/// Features that only images with compressed files or metadata have. `mkfs.erofs` from 1.5 on sets none of them
+/// otherwise (tried with 1.5, 1.8.6 and 1.9.4).
+const COMPRESSION: u32 =
+    incompat::LZ4_0PADDING | incompat::COMPR_CFGS | incompat::ZTAILPACKING | incompat::FRAGMENTS | incompat::METABOX;
 
 /// What an image says about itself. All values are checked against each other, not against the image's size.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,7 +57,9 @@ impl Superblock {
         let superblock = Self { raw };
         let refused = raw.feature_incompat & !superblock.readable_features();
         if refused != 0 {
-            return Err(Error::Features { names: ondisk::feature_names(refused, &incompat::NAMES) });
+            let names = ondisk::feature_names(refused, &incompat::NAMES);
+            let hint = if refused & COMPRESSION != 0 { " (compression inside of the image)" } else { "" };
+            return Err(Error::Features { names: format!("{names}{hint}") });
         }
         if raw.fixed_nsec >= 1_000_000_000 {
             return Err(corrupt(Defect::Nanoseconds(raw.fixed_nsec)));

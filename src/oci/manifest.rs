@@ -392,10 +392,12 @@ struct ConfigProbe {
     #[serde(default)]
     variant: Option<String>,
     created: Option<String>,
+    /// The EROFS image layer format specification lets it be absent (section 5.2).
+    #[serde(default, deserialize_with = "null_is_empty")]
     rootfs: RootFs,
 }
 
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
 struct RootFs {
     #[serde(default, deserialize_with = "null_is_empty")]
     diff_ids: Vec<DiffId>,

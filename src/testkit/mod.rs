@@ -1,4 +1,5 @@
 //! What the tests of several rooms share: generators, faulty peers, judges.
 
 pub mod images;
+pub mod tar;
 pub mod tree;

@@ -120,6 +120,11 @@ impl Listing {
                 for entry in image.entries(&inode).with_context(shown)? {
                     let found = image.lookup(&inode, entry.name.as_bytes()).with_context(shown)?;
                     ensure!(found.as_ref() == Some(&entry), "{entry:?} is listed, but a search finds {found:?}");
+                    if entry.kind == Some(FileKind::Directory) {
+                        let parent =
+                            image.inode(entry.nid).and_then(|child| image.parent(&child)).with_context(shown)?;
+                        ensure!(parent == nid, "{entry:?} says that it lies in {parent}, not in {nid}");
+                    }
                     left.push((join(&path, entry.name.as_bytes()), entry.nid, entry.kind));
                 }
             }

@@ -270,6 +270,7 @@ fn to_json(value: &impl Serialize) -> Vec<u8> {
 }
 
 /// What a tag or a digest can stand for.
+#[expect(clippy::large_enum_variant, reason = "there is one at a time, and it is taken apart at once")]
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Document {
     /// One image.

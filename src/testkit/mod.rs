@@ -1,5 +1,6 @@
 //! What the tests of several rooms share: generators, faulty peers, judges.
 
 pub mod images;
+pub mod registry;
 pub mod tar;
 pub mod tree;

@@ -5,5 +5,6 @@
 mod architecture;
 mod erofs_reader;
 mod erofs_writer;
+mod registry;
 mod serve;
 mod tar;

@@ -145,11 +145,10 @@ impl<R: ReadAt> Extents<'_, R> {
         let count = (last - first).saturating_add(1).min(TABLE_BATCH);
         let overflow = || self.inode.corrupt(Defect::Overflow);
         let position = self
-            .inode
-            .tail_position()
-            .and_then(|tail| tail.checked_next_multiple_of(unit))
+            .image
+            .chunk_table(&self.inode, format)
             .zip(first.checked_mul(unit))
-            .and_then(|(table, distance)| table.checked_add(distance))
+            .and_then(|((table, _), distance)| table.checked_add(distance))
             .ok_or_else(overflow)?;
         let len = usize::try_from(count * unit).map_err(|_| overflow())?;
         self.batch = self.image.read_vec(self.inode.place(), self.inode.position, position, len)?;
@@ -237,6 +236,14 @@ impl<R: ReadAt> Image<R> {
             return Err(inode.corrupt(Defect::SymlinkNul));
         }
         Ok(target.into())
+    }
+
+    /// Where a chunk table starts, and how many bytes it has.
+    pub(crate) fn chunk_table(&self, inode: &Inode, format: ChunkFormat) -> Option<(u64, u64)> {
+        let unit = entry_size(format) as u64;
+        let table = inode.tail_position()?.checked_next_multiple_of(unit)?;
+        let shift = u32::from(self.superblock().block_bits()) + u32::from(format.chunk_bits());
+        Some((table, inode.attributes.size.div_ceil(1 << shift).checked_mul(unit)?))
     }
 
     /// Where the tail that starts at file offset `tail` lies. It must not leave the block it starts in.

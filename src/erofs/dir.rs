@@ -39,8 +39,13 @@ pub(crate) struct RawEntry<'a> {
 }
 
 impl RawEntry<'_> {
-    pub(crate) fn is_dot(&self) -> bool {
-        matches!(self.name, b"." | b"..")
+    /// Which of the two dot entries this is.
+    pub(crate) fn dot(&self) -> Option<&'static str> {
+        match self.name {
+            b"." => Some("."),
+            b".." => Some(".."),
+            _ => None,
+        }
     }
 }
 
@@ -186,7 +191,7 @@ impl<R: ReadAt> Image<R> {
                 return Err(unsorted(directory, raw.name));
             }
             last = Some(raw.name);
-            if !raw.is_dot() {
+            if raw.dot().is_none() {
                 entries.push(directory.entry(&raw)?);
             }
         }

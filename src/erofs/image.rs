@@ -188,6 +188,11 @@ impl<R: ReadAt> Image<R> {
         self.devices.iter().fold(self.primary.size, |sum, device| sum.saturating_add(device.size))
     }
 
+    /// Bytes of the primary device (0) or of another one (from 1), if it was given on its own.
+    pub(crate) fn device_size(&self, device: u16) -> Option<u64> {
+        self.device_source(device).map(|source| source.size)
+    }
+
     fn device_source(&self, device: u16) -> Option<&Source<R>> {
         match device.checked_sub(1) {
             None => Some(&self.primary),

@@ -7,17 +7,22 @@
 pub mod ondisk;
 pub mod writer;
 
+mod check;
 mod data;
 mod dir;
+mod dump;
 mod error;
 mod image;
 mod inode;
 mod superblock;
 mod xattr;
 
+pub use check::{Finding, MAX_FINDINGS, Problem, Report, check};
 pub use data::{Extent, ExtentSource, Extents};
 pub use dir::{DirEntry, DirPage};
+pub use dump::{DumpError, dump};
 pub use error::{Defect, Error, Place};
 pub use image::{Device, Image};
 pub use inode::{Inode, Nid};
+pub use ondisk::DataLayout;
 pub use superblock::Superblock;

@@ -6,7 +6,7 @@ use super::ondisk::{
     self, XATTR_ALIGN, XATTR_ENTRY_SIZE, XATTR_HEADER_SIZE, XATTR_LONG_PREFIX, XattrEntry, XattrHeader, compat,
 };
 use super::{Defect, Error, Image, Inode, Place};
-use crate::model::{ReadAt, Xattr};
+use crate::model::{ByteRange, ReadAt, Xattr};
 
 /// Longest full name (Linux `XATTR_NAME_MAX`).
 const MAX_NAME: usize = 255;
@@ -22,8 +22,27 @@ pub(crate) struct LongPrefix {
     pub(crate) infix: Box<[u8]>,
 }
 
-/// What a visitor wants after each attribute.
+/// What a visitor wants after each attribute: to see more, or no more.
 type Visit = ControlFlow<()>;
+
+/// Sees full names and values.
+type Visitor<'a> = dyn FnMut(&[u8], &[u8]) -> Visit + 'a;
+
+/// The bytes between an inode and its tail: a header, the ids of shared attributes, and entries.
+pub(crate) struct XattrArea {
+    header: XattrHeader,
+    bytes: Vec<u8>,
+    /// Where the entries begin; inside of `bytes`.
+    entries: usize,
+}
+
+impl XattrArea {
+    /// The ids of the shared attributes.
+    pub(crate) fn shared_ids(&self) -> impl Iterator<Item = u32> {
+        let ids = self.bytes.get(XATTR_HEADER_SIZE..self.entries).unwrap_or_default();
+        ids.as_chunks::<4>().0.iter().map(|id| u32::from_le_bytes(*id))
+    }
+}
 
 impl<R: ReadAt> Image<R> {
     /// All extended attributes of an inode, sorted by name, no name twice. Those whose prefix the format does not
@@ -63,47 +82,82 @@ impl<R: ReadAt> Image<R> {
 
     /// Shows every attribute to `visit`: first those beside the inode, then the shared ones. With `filter_bit`, none
     /// if the inode's name filter says that nothing with this hash is there.
-    pub(crate) fn visit_xattrs(
-        &self,
-        inode: &Inode,
-        filter_bit: Option<u32>,
-        visit: &mut dyn FnMut(&[u8], &[u8]) -> Visit,
-    ) -> Result<(), Error> {
-        if !inode.has_xattrs() {
-            return Ok(());
-        }
-        let overrun = || inode.corrupt(Defect::XattrOverrun);
-        let position = inode.xattr_position().ok_or_else(|| inode.corrupt(Defect::Overflow))?;
-        let size = usize::try_from(inode.xattr_size).map_err(|_| overrun())?;
-        let area = self.read_vec(inode.place(), inode.position, position, size)?;
-        let (header, rest) = area.split_first_chunk::<XATTR_HEADER_SIZE>().ok_or_else(overrun)?;
-        let header = XattrHeader::decode(header);
+    fn visit_xattrs(&self, inode: &Inode, filter_bit: Option<u32>, visit: &mut Visitor<'_>) -> Result<(), Error> {
+        let Some(area) = self.xattr_area(inode)? else { return Ok(()) };
         if let Some(bit) = filter_bit
             && self.superblock().has_xattr_filter()
-            && header.name_filter & (1 << bit) != 0
+            && area.header.name_filter & (1 << bit) != 0
         {
             return Ok(());
         }
-        let (shared, mut rest) = rest.split_at_checked(usize::from(header.shared_count) * 4).ok_or_else(overrun)?;
-        while let Some((entry, after)) = rest.split_first_chunk::<XATTR_ENTRY_SIZE>() {
-            let entry = XattrEntry::decode(entry);
-            let (name, value) = entry_parts(entry, after).ok_or_else(overrun)?;
-            if self.show(inode, entry, name, value, visit)?.is_break() {
-                return Ok(());
-            }
-            rest = rest.get(entry.padded_len()..).ok_or_else(overrun)?;
+        if self.visit_inline_xattrs(inode, &area, visit)?.is_break() {
+            return Ok(());
         }
-        let (ids, _) = shared.as_chunks::<4>();
-        for id in ids {
-            let bytes = self.read_shared(inode, u32::from_le_bytes(*id))?;
-            let (entry, after) = bytes.split_first_chunk::<XATTR_ENTRY_SIZE>().ok_or_else(overrun)?;
-            let entry = XattrEntry::decode(entry);
-            let (name, value) = entry_parts(entry, after).ok_or_else(overrun)?;
-            if self.show(inode, entry, name, value, visit)?.is_break() {
+        for id in area.shared_ids() {
+            if self.visit_shared_xattr(inode, id, visit)?.0.is_break() {
                 return Ok(());
             }
         }
         Ok(())
+    }
+
+    /// The attribute area behind an inode, if it has one.
+    pub(crate) fn xattr_area(&self, inode: &Inode) -> Result<Option<XattrArea>, Error> {
+        if !inode.has_xattrs() {
+            return Ok(None);
+        }
+        let overrun = || inode.corrupt(Defect::XattrOverrun);
+        let position = inode.xattr_position().ok_or_else(|| inode.corrupt(Defect::Overflow))?;
+        let size = usize::try_from(inode.xattr_size).map_err(|_| overrun())?;
+        let bytes = self.read_vec(inode.place(), inode.position, position, size)?;
+        let header = bytes.first_chunk().map(XattrHeader::decode).ok_or_else(overrun)?;
+        let entries = XATTR_HEADER_SIZE + usize::from(header.shared_count) * 4;
+        if entries > bytes.len() {
+            return Err(overrun());
+        }
+        Ok(Some(XattrArea { header, bytes, entries }))
+    }
+
+    /// Shows the attributes beside the inode.
+    pub(crate) fn visit_inline_xattrs(
+        &self,
+        inode: &Inode,
+        area: &XattrArea,
+        visit: &mut Visitor<'_>,
+    ) -> Result<Visit, Error> {
+        let overrun = || inode.corrupt(Defect::XattrOverrun);
+        let mut rest = area.bytes.get(area.entries..).unwrap_or_default();
+        while !rest.is_empty() {
+            let (entry, after) = rest.split_first_chunk::<XATTR_ENTRY_SIZE>().ok_or_else(overrun)?;
+            let entry = XattrEntry::decode(entry);
+            let (name, value) = entry_parts(entry, after).ok_or_else(overrun)?;
+            if self.show(inode, entry, name, value, visit)?.is_break() {
+                return Ok(ControlFlow::Break(()));
+            }
+            rest = rest.get(entry.padded_len()..).ok_or_else(overrun)?;
+        }
+        Ok(ControlFlow::Continue(()))
+    }
+
+    /// Shows one shared attribute, and tells where it lies.
+    pub(crate) fn visit_shared_xattr(
+        &self,
+        inode: &Inode,
+        id: u32,
+        visit: &mut Visitor<'_>,
+    ) -> Result<(Visit, ByteRange), Error> {
+        let overrun = || inode.corrupt(Defect::XattrOverrun);
+        let position = self
+            .block_position(self.superblock().raw().xattr_block.into())
+            .and_then(|start| start.checked_add(u64::from(id) * XATTR_ALIGN))
+            .ok_or_else(|| inode.corrupt(Defect::Overflow))?;
+        let bytes = self.read_shared(inode, position)?;
+        let (entry, after) = bytes.split_first_chunk::<XATTR_ENTRY_SIZE>().ok_or_else(overrun)?;
+        let entry = XattrEntry::decode(entry);
+        let (name, value) = entry_parts(entry, after).ok_or_else(overrun)?;
+        let len = XATTR_ENTRY_SIZE + name.len() + value.len();
+        let range = ByteRange::at(position, len as u64).map_err(|_| overrun())?;
+        Ok((self.show(inode, entry, name, value, visit)?, range))
     }
 
     /// Completes the name of an attribute and shows it, unless its prefix means nothing.
@@ -113,7 +167,7 @@ impl<R: ReadAt> Image<R> {
         entry: XattrEntry,
         rest: &[u8],
         value: &[u8],
-        visit: &mut dyn FnMut(&[u8], &[u8]) -> Visit,
+        visit: &mut Visitor<'_>,
     ) -> Result<Visit, Error> {
         let (base, infix) = if entry.name_index & XATTR_LONG_PREFIX == 0 {
             (entry.name_index, &[][..])
@@ -131,12 +185,8 @@ impl<R: ReadAt> Image<R> {
         Ok(visit(&name, value))
     }
 
-    /// The entry of a shared attribute with its name and value.
-    fn read_shared(&self, inode: &Inode, id: u32) -> Result<Vec<u8>, Error> {
-        let position = self
-            .block_position(self.superblock().raw().xattr_block.into())
-            .and_then(|start| start.checked_add(u64::from(id) * XATTR_ALIGN))
-            .ok_or_else(|| inode.corrupt(Defect::Overflow))?;
+    /// The entry of a shared attribute at `position` with its name and value.
+    fn read_shared(&self, inode: &Inode, position: u64) -> Result<Vec<u8>, Error> {
         let block = self.superblock().block_size();
         let at_hand = (block - position % block).min(self.primary_size().saturating_sub(position)).min(SHARED_GUESS);
         let guess = usize::try_from(at_hand).unwrap_or(0).max(XATTR_ENTRY_SIZE);

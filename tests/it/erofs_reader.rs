@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use headstart::erofs::{self, Image};
+use headstart::model::ReadAt;
 use headstart::testkit::tree::{Listing, build_oddities};
 
 /// Runs a program that must succeed; what it says on standard output, without the last line's end.
@@ -74,7 +75,19 @@ fn oddities() -> (tempfile::TempDir, PathBuf) {
 #[track_caller]
 fn read(image: &Path) -> Listing {
     let image = Image::open(File::open(image).unwrap()).unwrap();
+    nothing_wrong(&image);
     Listing::of_image(&image).unwrap()
+}
+
+/// The verifier finds nothing, and the dump tells every file.
+#[track_caller]
+fn nothing_wrong<R: ReadAt>(image: &Image<R>) {
+    let report = erofs::check(image).unwrap();
+    assert!(report.findings.is_empty(), "{}", report.findings.iter().map(|f| format!("{f}\n")).collect::<String>());
+    let mut dump = Vec::new();
+    erofs::dump(image, &mut dump).unwrap();
+    let told = String::from_utf8(dump).unwrap().lines().filter(|line| line.contains(" at=0x")).count();
+    assert_eq!(told as u64, report.inodes);
 }
 
 /// The kernel's view of an image.
@@ -201,6 +214,7 @@ fn images_of_tars_read_as_the_kernel_reads_them() {
         run(release.mkfs().args(["--quiet", "--tar=i", "--aufs"]).arg(&index).arg(&tar));
         let both = judge(&index, &[&tar]);
         let image = Image::open_with_devices(File::open(&index).unwrap(), vec![File::open(&tar).unwrap()]).unwrap();
+        nothing_wrong(&image);
         Listing::of_image(&image).unwrap().assert_equals(&both);
     }
 }
@@ -225,6 +239,7 @@ fn data_on_other_devices_is_found_there_or_in_the_flat_image() {
     let open = |name: &str| File::open(at(name)).unwrap();
     let image = Image::open_with_devices(open("one"), vec![open("blob")]).unwrap();
     assert_eq!(image.devices().len(), 1);
+    nothing_wrong(&image);
     Listing::of_image(&image).unwrap().assert_equals(&expected);
 
     // Two images merged: the metadata refers to both as devices.
@@ -234,6 +249,7 @@ fn data_on_other_devices_is_found_there_or_in_the_flat_image() {
     let expected = judge(&at("merged"), &[&at("upper"), &at("lower")]);
     let image = Image::open_with_devices(open("merged"), vec![open("upper"), open("lower")]).unwrap();
     assert_eq!(image.devices().len(), 2);
+    nothing_wrong(&image);
     Listing::of_image(&image).unwrap().assert_equals(&expected);
     assert!(expected.nodes.contains_key(&b"more"[..]) && expected.nodes.contains_key(&b"big"[..]));
 

@@ -1,1 +1,3 @@
-//! Configuration, wiring, shutdown.
+//! Configuration and wiring: what the rooms below are told, and how they stand together in a process that serves a mount.
+
+pub mod config;

@@ -1,0 +1,547 @@
+//! The configuration: what was said in a file, then what it means.
+//!
+//! Guarantees: it is checked once, here; a key that does not exist is an error that names the nearest one; what is not said
+//! has the default that `docs/config.example.toml` shows. Below this room nobody reads a file of settings or the environment.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde::de::{Deserializer, Error as _};
+
+/// Every key that may be said, by section; the empty name is the top.
+const KEYS: &[(&str, &[&str])] = &[
+    ("", &["root", "log_level"]),
+    (
+        "registry",
+        &["docker_config", "certs_d", "connect_timeout", "response_timeout", "idle_timeout", "deadline", "rounds"],
+    ),
+    ("fetch", &["memory", "connections", "deadline", "read_ahead"]),
+    ("store", &["sync_interval"]),
+];
+
+/// Why there is no configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read the configuration {}", .path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The file is no TOML, or a value has the wrong form.
+    #[error("cannot understand the configuration {}", .path.display())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        #[source]
+        source: Box<toml::de::Error>,
+    },
+    /// The file has a key that means nothing.
+    #[error("cannot use the configuration {}: there is no key {key:?}{}", .path.display(), Nearest(.nearest.as_deref()))]
+    UnknownKey {
+        /// The file.
+        path: PathBuf,
+        /// The key with its section.
+        key: String,
+        /// What may have been meant.
+        nearest: Option<String>,
+    },
+    /// A value is of the right form and still makes no sense.
+    #[error("cannot use the configuration {}: {key} {why}", .path.display())]
+    Value {
+        /// The file.
+        path: PathBuf,
+        /// The key with its section.
+        key: &'static str,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+}
+
+struct Nearest<'a>(Option<&'a str>);
+
+impl fmt::Display for Nearest<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.map_or(Ok(()), |nearest| write!(f, "; did you mean {nearest:?}?"))
+    }
+}
+
+/// How much is logged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogLevel {
+    /// What failed.
+    Error,
+    /// What was put right but should be known.
+    Warn,
+    /// One line per request and mount.
+    Info,
+    /// What helps to find a fault.
+    Debug,
+    /// Everything.
+    Trace,
+}
+
+impl LogLevel {
+    /// The word it is written as.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Error => "error",
+            Self::Warn => "warn",
+            Self::Info => "info",
+            Self::Debug => "debug",
+            Self::Trace => "trace",
+        }
+    }
+}
+
+/// What of the machine and the user decides about defaults.
+#[derive(Debug, Clone, Default)]
+pub struct Surroundings {
+    /// True for root.
+    pub is_root: bool,
+    /// `HOME`.
+    pub home: Option<PathBuf>,
+    /// `XDG_DATA_HOME`.
+    pub data_home: Option<PathBuf>,
+    /// `XDG_CONFIG_HOME`.
+    pub config_home: Option<PathBuf>,
+    /// `DOCKER_CONFIG`, a directory.
+    pub docker_config: Option<PathBuf>,
+}
+
+impl Surroundings {
+    /// Those of this process: the one place that reads the environment.
+    pub fn of_this_process() -> Self {
+        let path = |name: &str| std::env::var_os(name).filter(|value: &OsString| !value.is_empty()).map(PathBuf::from);
+        Self {
+            is_root: rustix::process::geteuid().is_root(),
+            home: path("HOME"),
+            data_home: path("XDG_DATA_HOME"),
+            config_home: path("XDG_CONFIG_HOME"),
+            docker_config: path("DOCKER_CONFIG"),
+        }
+    }
+
+    fn home(&self) -> PathBuf {
+        self.home.clone().unwrap_or_else(|| PathBuf::from("/"))
+    }
+
+    /// The file that is read if none is named; it need not exist.
+    pub fn config_file(&self) -> PathBuf {
+        if self.is_root {
+            return PathBuf::from("/etc/headstart/config.toml");
+        }
+        self.config_home.clone().unwrap_or_else(|| self.home().join(".config")).join("headstart/config.toml")
+    }
+
+    fn root(&self) -> PathBuf {
+        if self.is_root {
+            return PathBuf::from("/var/lib/headstart");
+        }
+        self.data_home.clone().unwrap_or_else(|| self.home().join(".local/share")).join("headstart")
+    }
+
+    fn docker_config(&self) -> PathBuf {
+        self.docker_config.clone().unwrap_or_else(|| self.home().join(".docker")).join("config.json")
+    }
+}
+
+/// The file as it was written.
+#[derive(Debug, Default, Deserialize)]
+struct Said {
+    root: Option<PathBuf>,
+    log_level: Option<LogLevel>,
+    #[serde(default)]
+    registry: SaidRegistry,
+    #[serde(default)]
+    fetch: SaidFetch,
+    #[serde(default)]
+    store: SaidStore,
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct SaidRegistry {
+    docker_config: Option<PathBuf>,
+    certs_d: Option<Vec<PathBuf>>,
+    connect_timeout: Option<Span>,
+    response_timeout: Option<Span>,
+    idle_timeout: Option<Span>,
+    deadline: Option<Span>,
+    rounds: Option<u32>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct SaidFetch {
+    memory: Option<Size>,
+    connections: Option<u32>,
+    deadline: Option<Span>,
+    read_ahead: Option<Size>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct SaidStore {
+    sync_interval: Option<Span>,
+}
+
+/// How registries are spoken to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RegistryConfig {
+    /// Docker's `config.json`: logins and credential helpers.
+    pub docker_config: PathBuf,
+    /// Directories of `HOST/hosts.toml`, first match wins.
+    pub certs_d: Vec<PathBuf>,
+    /// Time for a connection to be made.
+    pub connect_timeout: Duration,
+    /// Time from a request to the beginning of its answer.
+    pub response_timeout: Duration,
+    /// Longest silence inside of an answer.
+    pub idle_timeout: Duration,
+    /// No try begins later than this after the first.
+    pub deadline: Duration,
+    /// How often each server is tried.
+    pub rounds: u32,
+}
+
+/// How layers are fetched.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FetchSettings {
+    /// Bytes that may be in memory on their way from the network to the disk.
+    pub memory: u64,
+    /// Requests that are under way at once.
+    pub connections: u32,
+    /// How long a reader waits before its read fails.
+    pub deadline: Duration,
+    /// How far sequential reads are fetched ahead.
+    pub read_ahead: u64,
+}
+
+/// What the configuration means.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// Where everything is kept.
+    pub root: PathBuf,
+    /// How much is logged.
+    pub log_level: LogLevel,
+    /// How registries are spoken to.
+    pub registry: RegistryConfig,
+    /// How layers are fetched.
+    pub fetch: FetchSettings,
+    /// Longest time a fetched chunk stays unsynced: what a power cut may cost.
+    pub sync_interval: Duration,
+}
+
+impl Config {
+    /// The configuration in `file`, or in the usual place if none is named; a usual place without a file means defaults.
+    ///
+    /// # Errors
+    /// See [`ConfigError`].
+    pub fn load(file: Option<&Path>, surroundings: &Surroundings) -> Result<Self, ConfigError> {
+        let path = file.map_or_else(|| surroundings.config_file(), Path::to_owned);
+        match fs::read_to_string(&path) {
+            Ok(text) => Self::parse(&text, &path, surroundings),
+            Err(error) if error.kind() == io::ErrorKind::NotFound && file.is_none() => {
+                Self::mean(Said::default(), &path, surroundings)
+            }
+            Err(source) => Err(ConfigError::Read { path, source }),
+        }
+    }
+
+    fn parse(text: &str, path: &Path, surroundings: &Surroundings) -> Result<Self, ConfigError> {
+        let parse = |source| ConfigError::Parse { path: path.to_owned(), source: Box::new(source) };
+        let table: toml::Table = toml::from_str(text).map_err(parse)?;
+        if let Some(key) = unknown_key(&table) {
+            let nearest = nearest_key(&key);
+            return Err(ConfigError::UnknownKey { path: path.to_owned(), key, nearest });
+        }
+        let said: Said = toml::from_str(text).map_err(parse)?;
+        Self::mean(said, path, surroundings)
+    }
+
+    fn mean(said: Said, path: &Path, surroundings: &Surroundings) -> Result<Self, ConfigError> {
+        let Said { root, log_level, registry, fetch, store } = said;
+        let span = |said: Option<Span>, default: Duration| said.map_or(default, |Span(span)| span);
+        let config = Self {
+            root: root.unwrap_or_else(|| surroundings.root()),
+            log_level: log_level.unwrap_or(LogLevel::Warn),
+            registry: RegistryConfig {
+                docker_config: registry.docker_config.unwrap_or_else(|| surroundings.docker_config()),
+                certs_d: registry
+                    .certs_d
+                    .unwrap_or_else(|| ["/etc/containerd/certs.d", "/etc/docker/certs.d"].map(PathBuf::from).to_vec()),
+                connect_timeout: span(registry.connect_timeout, Duration::from_secs(10)),
+                response_timeout: span(registry.response_timeout, Duration::from_secs(30)),
+                idle_timeout: span(registry.idle_timeout, Duration::from_secs(30)),
+                deadline: span(registry.deadline, Duration::from_secs(90)),
+                rounds: registry.rounds.unwrap_or(5),
+            },
+            fetch: FetchSettings {
+                memory: fetch.memory.map_or(24 << 20, |Size(bytes)| bytes),
+                connections: fetch.connections.unwrap_or(6),
+                deadline: span(fetch.deadline, Duration::from_secs(120)),
+                read_ahead: fetch.read_ahead.map_or(8 << 20, |Size(bytes)| bytes),
+            },
+            sync_interval: span(store.sync_interval, Duration::from_secs(5)),
+        };
+        let wrong = |key, why| Err(ConfigError::Value { path: path.to_owned(), key, why });
+        if !config.root.is_absolute() {
+            return wrong("root", "must be an absolute path");
+        }
+        if config.fetch.memory < 1 << 20 {
+            return wrong("fetch.memory", "must be at least 1MiB");
+        }
+        if config.fetch.connections == 0 {
+            return wrong("fetch.connections", "must be at least 1");
+        }
+        if config.registry.rounds == 0 {
+            return wrong("registry.rounds", "must be at least 1");
+        }
+        Ok(config)
+    }
+}
+
+/// The first key of `table` that means nothing.
+fn unknown_key(table: &toml::Table) -> Option<String> {
+    let known = |section: &str, key: &str| KEYS.iter().any(|(name, keys)| *name == section && keys.contains(&key));
+    for (key, value) in table {
+        match value {
+            toml::Value::Table(inside) if KEYS.iter().any(|(name, _)| name == key) => {
+                if let Some(unknown) = inside.keys().find(|inner| !known(key, inner)) {
+                    return Some(format!("{key}.{unknown}"));
+                }
+            }
+            _ if known("", key) => {}
+            _ => return Some(key.clone()),
+        }
+    }
+    None
+}
+
+/// The key or section that is least different from `wrong`, unless everything is very different.
+fn nearest_key(wrong: &str) -> Option<String> {
+    let sections = KEYS.iter().map(|(section, _)| (*section).to_owned()).filter(|section| !section.is_empty());
+    let full = |section: &str, key: &str| if section.is_empty() { key.to_owned() } else { format!("{section}.{key}") };
+    let keys = KEYS.iter().flat_map(|(section, keys)| keys.iter().map(|key| full(section, key)));
+    let last = |key: &str| key.rsplit('.').next().unwrap_or_default().to_owned();
+    sections
+        .chain(keys)
+        // A key in the wrong section is as near as its last part.
+        .map(|key| (distance(wrong, &key).min(distance(&last(wrong), &last(&key)) + 1), key))
+        .min()
+        .filter(|(changes, key)| *changes <= key.len() / 2)
+        .map(|(_, key)| key)
+}
+
+/// How many letters have to be changed, added or removed (Levenshtein).
+fn distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.chars().enumerate() {
+        let mut next = vec![i + 1];
+        for ((y, above), diagonal) in b.iter().zip(row.iter().skip(1)).zip(&row) {
+            let left = next.last().copied().unwrap_or_default();
+            next.push((above + 1).min(left + 1).min(diagonal + usize::from(x != *y)));
+        }
+        row = next;
+    }
+    row.last().copied().unwrap_or_default()
+}
+
+/// A time as it is written: a number and `ms`, `s`, `m` or `h`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Span(Duration);
+
+impl FromStr for Span {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        const FORM: &str = "a time is written as a number and ms, s, m or h, for example \"30s\"";
+        let split = text.find(|c: char| !c.is_ascii_digit()).ok_or(FORM)?;
+        let (number, unit) = text.split_at(split);
+        let number: u64 = number.parse().map_err(|_| FORM)?;
+        let factor = match unit {
+            "ms" => 1,
+            "s" => 1_000,
+            "m" => 60_000,
+            "h" => 3_600_000,
+            _ => return Err(FORM),
+        };
+        number.checked_mul(factor).map(|millis| Self(Duration::from_millis(millis))).ok_or(FORM)
+    }
+}
+
+/// A number of bytes as it is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Size(u64);
+
+impl FromStr for Size {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        parse_size(text).map(Self)
+    }
+}
+
+/// Bytes written as a number with or without `kB`, `MB`, `GB`, `KiB`, `MiB`, `GiB`.
+///
+/// # Errors
+/// How it has to be written.
+pub fn parse_size(text: &str) -> Result<u64, &'static str> {
+    const FORM: &str =
+        "a size is written as a number with or without kB, MB, GB, KiB, MiB or GiB, for example \"24MiB\"";
+    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let number: u64 = number.parse().map_err(|_| FORM)?;
+    let factor: u64 = match unit {
+        "" | "B" => 1,
+        "kB" => 1_000,
+        "MB" => 1_000_000,
+        "GB" => 1_000_000_000,
+        "KiB" => 1 << 10,
+        "MiB" => 1 << 20,
+        "GiB" => 1 << 30,
+        _ => return Err(FORM),
+    };
+    number.checked_mul(factor).ok_or(FORM)
+}
+
+macro_rules! deserialize_from_text {
+    ($name:ident) => {
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
+            }
+        }
+    };
+}
+deserialize_from_text!(Span);
+deserialize_from_text!(Size);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const EXAMPLE: &str = include_str!("../../docs/config.example.toml");
+
+    fn root() -> Surroundings {
+        Surroundings { is_root: true, home: Some("/root".into()), ..Surroundings::default() }
+    }
+
+    fn parse(text: &str) -> Result<Config, ConfigError> {
+        Config::parse(text, Path::new("c.toml"), &root())
+    }
+
+    #[test]
+    fn the_example_shows_every_key_with_its_default() {
+        let config = parse(EXAMPLE).unwrap();
+        assert_eq!(config, Config::mean(Said::default(), Path::new("c.toml"), &root()).unwrap());
+        let table: toml::Table = toml::from_str(EXAMPLE).unwrap();
+        for (section, keys) in KEYS {
+            let shown = if section.is_empty() { &table } else { table[*section].as_table().unwrap() };
+            for key in *keys {
+                assert!(shown.contains_key(*key), "the example lacks {section}.{key}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_said_value_counts() {
+        let config = parse(
+            "root = '/r'\nlog_level = 'debug'\n[registry]\ndocker_config = '/d'\ncerts_d = []\nconnect_timeout = '1s'\n\
+             response_timeout = '2s'\nidle_timeout = '3s'\ndeadline = '4m'\nrounds = 6\n[fetch]\nmemory = '7MiB'\n\
+             connections = 8\ndeadline = '9ms'\nread_ahead = '10kB'\n[store]\nsync_interval = '11h'\n",
+        )
+        .unwrap();
+        let expected = Config {
+            root: "/r".into(),
+            log_level: LogLevel::Debug,
+            registry: RegistryConfig {
+                docker_config: "/d".into(),
+                certs_d: vec![],
+                connect_timeout: Duration::from_secs(1),
+                response_timeout: Duration::from_secs(2),
+                idle_timeout: Duration::from_secs(3),
+                deadline: Duration::from_secs(240),
+                rounds: 6,
+            },
+            fetch: FetchSettings {
+                memory: 7 << 20,
+                connections: 8,
+                deadline: Duration::from_millis(9),
+                read_ahead: 10_000,
+            },
+            sync_interval: Duration::from_secs(11 * 3600),
+        };
+        assert_eq!(config, expected);
+    }
+
+    #[test]
+    fn unknown_keys_are_told_with_the_nearest() {
+        for (text, message) in [
+            ("rot = '/r'", "there is no key \"rot\"; did you mean \"root\"?"),
+            ("[fetch]\nmemroy = '1MiB'", "there is no key \"fetch.memroy\"; did you mean \"fetch.memory\"?"),
+            ("connections = 3", "there is no key \"connections\"; did you mean \"fetch.connections\"?"),
+            ("[registri]\nrounds = 3", "there is no key \"registri\"; did you mean \"registry\"?"),
+            ("[store]\nzzzzzzzz = 3", "there is no key \"store.zzzzzzzz\""),
+        ] {
+            let error = parse(text).unwrap_err().to_string();
+            assert_eq!(error, format!("cannot use the configuration c.toml: {message}"));
+        }
+    }
+
+    #[test]
+    fn values_that_make_no_sense_are_refused() {
+        for text in [
+            "root = 'relative'",
+            "root = 5",
+            "log_level = 'loud'",
+            "[fetch]\nmemory = '1kB'",
+            "[fetch]\nmemory = 5",
+            "[fetch]\nconnections = 0",
+            "[fetch]\ndeadline = '5'",
+            "[fetch]\ndeadline = '5 s'",
+            "[registry]\nrounds = 0",
+            "fetch = 3",
+            "[fetch",
+        ] {
+            assert!(parse(text).is_err(), "{text:?} was taken");
+        }
+    }
+
+    #[test]
+    fn the_user_decides_about_the_defaults() {
+        let user = Surroundings { home: Some("/home/u".into()), ..Surroundings::default() };
+        let config = Config::mean(Said::default(), Path::new("c"), &user).unwrap();
+        assert_eq!(config.root, Path::new("/home/u/.local/share/headstart"));
+        assert_eq!(config.registry.docker_config, Path::new("/home/u/.docker/config.json"));
+        assert_eq!(user.config_file(), Path::new("/home/u/.config/headstart/config.toml"));
+        let user = Surroundings {
+            data_home: Some("/data".into()),
+            config_home: Some("/config".into()),
+            docker_config: Some("/docker".into()),
+            ..user
+        };
+        let config = Config::mean(Said::default(), Path::new("c"), &user).unwrap();
+        assert_eq!(config.root, Path::new("/data/headstart"));
+        assert_eq!(config.registry.docker_config, Path::new("/docker/config.json"));
+        assert_eq!(user.config_file(), Path::new("/config/headstart/config.toml"));
+    }
+
+    #[test]
+    fn a_named_file_must_exist_and_the_usual_one_need_not() {
+        let directory = tempfile::tempdir().unwrap();
+        let user = Surroundings { home: Some(directory.path().to_owned()), ..Surroundings::default() };
+        assert!(Config::load(None, &user).is_ok());
+        assert!(matches!(Config::load(Some(&directory.path().join("no")), &user), Err(ConfigError::Read { .. })));
+    }
+}

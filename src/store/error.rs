@@ -58,7 +58,7 @@ pub enum StoreError {
 
 impl StoreError {
     /// Wraps what the system said; a full disk is told apart here and nowhere else.
-    pub(super) fn io(attempted: &'static str, path: impl AsRef<Path>, source: io::Error) -> Self {
+    pub fn io(attempted: &'static str, path: impl AsRef<Path>, source: io::Error) -> Self {
         let path = path.as_ref().to_owned();
         if is_full(&source) { Self::Full { attempted, path, source } } else { Self::Io { attempted, path, source } }
     }

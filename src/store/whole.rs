@@ -41,11 +41,6 @@ impl WholeWriter {
         Ok(Self { made, place, blob, image, size: 0, _used: used })
     }
 
-    /// What a failed write on this means; a full disk is told apart.
-    pub fn explain(&self, error: io::Error) -> StoreError {
-        StoreError::io("write", self.place.join(blob::IMAGE), error)
-    }
-
     /// Puts the image, which is complete, has been verified and hashes to `diff_id`, into the store. If somebody else
     /// has put it there meanwhile, theirs stays. Waits for the disk.
     ///

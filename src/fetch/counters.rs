@@ -1,0 +1,57 @@
+//! What fetching a layer has cost so far.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// What fetching a layer has cost, in this process, since it was opened.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Counters {
+    /// Bytes that came from the source, chunk index included.
+    pub fetched: u64,
+    /// Stored bytes of the chunks that readers have touched: what would have sufficed.
+    pub needed: u64,
+    /// Bytes of the image that readers asked for and got.
+    pub read: u64,
+    /// Chunks that arrived and were verified.
+    pub chunks: u64,
+    /// Requests sent.
+    pub requests: u64,
+    /// Requests sent again because the one before broke off.
+    pub retries: u64,
+    /// Chunks whose bytes were wrong.
+    pub corrupt: u64,
+    /// Chunks that found the disk full.
+    pub disk_full: u64,
+}
+
+/// The same, being counted.
+#[derive(Debug, Default)]
+pub(super) struct Counting {
+    pub(super) fetched: AtomicU64,
+    pub(super) needed: AtomicU64,
+    pub(super) read: AtomicU64,
+    pub(super) chunks: AtomicU64,
+    pub(super) requests: AtomicU64,
+    pub(super) retries: AtomicU64,
+    pub(super) corrupt: AtomicU64,
+    pub(super) disk_full: AtomicU64,
+}
+
+impl Counting {
+    pub(super) fn snapshot(&self) -> Counters {
+        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Counters {
+            fetched: of(&self.fetched),
+            needed: of(&self.needed),
+            read: of(&self.read),
+            chunks: of(&self.chunks),
+            requests: of(&self.requests),
+            retries: of(&self.retries),
+            corrupt: of(&self.corrupt),
+            disk_full: of(&self.disk_full),
+        }
+    }
+}
+
+pub(super) fn add(counter: &AtomicU64, amount: u64) {
+    counter.fetch_add(amount, Ordering::Relaxed);
+}

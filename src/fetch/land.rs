@@ -1,0 +1,120 @@
+//! The bytes of one chunk have arrived: verify, inflate, write, answer.
+
+use std::cell::RefCell;
+use std::sync::Arc;
+
+use super::budget::Permit;
+use super::counters::add;
+use super::cpu::Urgency;
+use super::queue::Key;
+use super::{Cause, FetchError, LayerImage};
+use crate::chunked::{Chunk, decode_chunk};
+use crate::store::StoreError;
+
+/// How often the bytes of a chunk are fetched before a read of it fails.
+const ATTEMPTS: u32 = 2;
+
+/// The largest buffer a thread keeps from one chunk to the next. Our writer's chunks have 4 MiB at most.
+const KEPT_BUFFER: usize = 4 << 20;
+
+thread_local! {
+    static IMAGE_BYTES: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// A chunk between the network and the store. Dropped unfinished, it answers a failure to whoever waits.
+pub(super) struct Landing {
+    layer: Arc<LayerImage>,
+    key: Key,
+    chunk: Chunk,
+    /// Stored bytes and the room they take.
+    cargo: Option<(Vec<u8>, Permit)>,
+    settled: bool,
+}
+
+impl Landing {
+    pub(super) fn new(layer: Arc<LayerImage>, key: Key, chunk: Chunk, stored: Vec<u8>, permit: Permit) -> Self {
+        Self { layer, key, chunk, cargo: Some((stored, permit)), settled: false }
+    }
+
+    /// Hands the chunk to the CPU pool.
+    pub(super) fn queue(self, cause: Cause) {
+        let shared = Arc::clone(&self.layer.shared);
+        shared.cpu.run(Urgency::Chunk(cause), move || self.land());
+    }
+
+    fn land(mut self) {
+        let result = IMAGE_BYTES.with_borrow_mut(|out| {
+            let result = self.decode_and_keep(out);
+            if out.capacity() > KEPT_BUFFER {
+                *out = Vec::new();
+            }
+            result
+        });
+        // Those who are answered now may want the room at once.
+        drop(self.cargo.take());
+        let shared = Arc::clone(&self.layer.shared);
+        match result {
+            Ok(()) => self.settle(&Ok(())),
+            Err(error) => {
+                let again = shared.lock().queue.again(self.key, ATTEMPTS);
+                let shown: &dyn std::error::Error = &error;
+                if again {
+                    tracing::warn!(error = shown, "a chunk came with wrong bytes, fetching it once more");
+                    self.settled = true;
+                    shared.pump();
+                } else {
+                    tracing::error!(error = shown, "a chunk came with wrong bytes again, its readers get an error");
+                    self.settle(&Err(Arc::new(error)));
+                }
+            }
+        }
+        self.layer.check_complete();
+    }
+
+    fn decode_and_keep(&self, out: &mut Vec<u8>) -> Result<(), FetchError> {
+        let (layer, counting) = (&self.layer, &self.layer.counting);
+        let (Some(chunked), Some((stored, _))) = (layer.chunked(), &self.cargo) else {
+            return Err(FetchError::Abandoned { blob: layer.spec.blob });
+        };
+        decode_chunk(&self.chunk, chunked.index.compression(), stored, out).map_err(|source| {
+            add(&counting.corrupt, 1);
+            let (blob, chunk, origin) = (layer.spec.blob, self.key.chunk, layer.source.origin());
+            FetchError::Corrupt { blob, chunk, origin, source }
+        })?;
+        add(&counting.chunks, 1);
+        if let Err(error) = chunked.file.write_chunk(self.key.chunk, self.chunk.image.start(), out) {
+            // What cannot be kept is served all the same.
+            layer.shared.spare.insert(self.key, out);
+            if error.is_full() {
+                add(&counting.disk_full, 1);
+            }
+            layer.complain_about_store(&error);
+        }
+        Ok(())
+    }
+
+    fn settle(&mut self, result: &Result<(), Arc<FetchError>>) {
+        self.settled = true;
+        self.layer.shared.settle(self.key, result);
+    }
+}
+
+impl Drop for Landing {
+    fn drop(&mut self) {
+        if !self.settled {
+            let blob = self.layer.spec.blob;
+            self.settle(&Err(Arc::new(FetchError::Abandoned { blob })));
+        }
+    }
+}
+
+impl LayerImage {
+    /// Says once per layer and reason that the store does not take chunks.
+    fn complain_about_store(&self, error: &StoreError) {
+        let first = if error.is_full() { &self.said_full } else { &self.said_broken };
+        if !first.swap(true, std::sync::atomic::Ordering::Relaxed) {
+            let shown: &dyn std::error::Error = error;
+            tracing::warn!(blob = %self.spec.blob, error = shown, "fetched chunks are kept in memory only");
+        }
+    }
+}

@@ -1,0 +1,396 @@
+//! One layer image that is partly here: what is here is read, what is not can be requested.
+
+use std::fmt;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::counters::{Counting, add};
+use super::queue::{Key, LayerId};
+use super::readahead::ReadAhead;
+use super::shared::Shared;
+use super::waiter::Waiter;
+use super::whole::Whole;
+use super::{Cause, Counters, FetchError, LayerSpec};
+use crate::chunked::ChunkIndex;
+use crate::model::{BlobDigest, BlobSource, ByteRange, DiffId, ReadAt, ReadAtError};
+use crate::store::{BlobFile, StoreError, Verdict};
+
+/// A layer image whose bytes come when they are wanted.
+///
+/// [`ReadAt`] answers from what is here, at once. What it says is absent can be [requested](Self::request). Dropped, it
+/// answers a failure to whoever still waits for it.
+pub struct LayerImage {
+    pub(super) id: LayerId,
+    pub(super) spec: LayerSpec,
+    pub(super) source: Arc<dyn BlobSource>,
+    pub(super) shared: Arc<Shared>,
+    pub(super) body: Body,
+    pub(super) counting: Counting,
+    pub(super) said_full: AtomicBool,
+    pub(super) said_broken: AtomicBool,
+}
+
+pub(super) enum Body {
+    Chunked(Chunked),
+    Whole(Whole),
+}
+
+/// A layer that can be had in pieces.
+pub(super) struct Chunked {
+    pub(super) index: Arc<ChunkIndex>,
+    pub(super) tail: Tail,
+    pub(super) file: Arc<BlobFile>,
+    /// A bit for each chunk that a reader has reached.
+    touched: Box<[AtomicU64]>,
+    ahead: Mutex<ReadAhead>,
+    /// Every chunk below this one is present.
+    complete_below: AtomicU32,
+    pub(super) verifying: AtomicBool,
+    /// Fills that are not finished.
+    filling: AtomicU32,
+}
+
+/// What the diffID covers behind the image: the index at the end of a raw blob (specification, section 5.2).
+pub(super) enum Tail {
+    Nothing,
+    Bytes(Box<[u8]>),
+    /// Something that was not fetched, so that the whole cannot be verified.
+    Unknown,
+}
+
+/// How far a layer is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LayerState {
+    /// Chunks come when they are read.
+    Lazy,
+    /// The rest is being fetched.
+    Filling,
+    /// All of it is here and has been verified as a whole.
+    Local,
+}
+
+/// A layer as a person wants to see it.
+#[derive(Debug, Clone)]
+pub struct LayerStatus {
+    /// The blob.
+    pub blob: BlobDigest,
+    /// What the image says the layer is.
+    pub diff_id: DiffId,
+    /// How far it is.
+    pub state: LayerState,
+    /// Number of chunks; 0 for a layer that is read from start to end.
+    pub chunks: u32,
+    /// How many of them are here.
+    pub present: u32,
+    /// Size of the image in bytes, as far as it is known.
+    pub bytes: u64,
+    /// How many of them are here.
+    pub bytes_present: u64,
+    /// What the whole was found to hash to, if that is not what the image says.
+    pub contradiction: Option<DiffId>,
+    /// What it has cost.
+    pub counters: Counters,
+}
+
+impl Chunked {
+    pub(super) fn new(index: Arc<ChunkIndex>, tail: Tail, file: Arc<BlobFile>, read_ahead: u64) -> Self {
+        let words = usize::try_from(index.len().div_ceil(64)).unwrap_or(0);
+        Self {
+            index,
+            tail,
+            file,
+            touched: (0..words).map(|_| AtomicU64::new(0)).collect(),
+            ahead: Mutex::new(ReadAhead::new(read_ahead)),
+            complete_below: AtomicU32::new(0),
+            verifying: AtomicBool::new(false),
+            filling: AtomicU32::new(0),
+        }
+    }
+
+    fn chunk_size(&self, chunk: u32) -> u64 {
+        self.index.chunk(chunk).map_or(0, |chunk| chunk.image.len())
+    }
+
+    /// Takes note that a reader has reached `chunk`. True for the first time.
+    fn touch(&self, chunk: u32) -> bool {
+        let bit = 1_u64 << (chunk % 64);
+        let word = usize::try_from(chunk / 64).ok().and_then(|word| self.touched.get(word));
+        word.is_some_and(|word| {
+            word.load(Ordering::Relaxed) & bit == 0 && word.fetch_or(bit, Ordering::Relaxed) & bit == 0
+        })
+    }
+
+    /// True if every chunk is present. Costs nothing for the chunks that were found present before.
+    pub(super) fn is_complete(&self) -> bool {
+        let mut below = self.complete_below.load(Ordering::Relaxed);
+        while below < self.index.len() && self.file.is_present(below) {
+            below += 1;
+        }
+        self.complete_below.store(below, Ordering::Relaxed);
+        below == self.index.len()
+    }
+
+    pub(super) fn start_over(&self) {
+        self.complete_below.store(0, Ordering::Relaxed);
+    }
+
+    fn bytes_present(&self) -> u64 {
+        (0..self.index.len()).filter(|chunk| self.file.is_present(*chunk)).map(|chunk| self.chunk_size(chunk)).sum()
+    }
+}
+
+impl LayerImage {
+    /// The blob it comes from.
+    pub fn blob(&self) -> &BlobDigest {
+        &self.spec.blob
+    }
+
+    /// Asks for the bytes of `range` of the image; what lies behind its end is not asked for. `done` is called once:
+    /// when all of them can be read, or when some will not come. That may be at once, on the calling thread, and is
+    /// else on a thread of the fetch path, which `done` should not keep. Never blocks.
+    pub fn request(
+        self: &Arc<Self>,
+        range: ByteRange,
+        cause: Cause,
+        done: impl FnOnce(Result<(), Arc<FetchError>>) + Send + 'static,
+    ) {
+        match &self.body {
+            Body::Whole(whole) => whole.request(self, range, done),
+            Body::Chunked(chunked) => self.request_chunks(chunked, range, cause, done),
+        }
+    }
+
+    /// Fetches everything that is missing, behind everything else.
+    pub fn fill(self: &Arc<Self>, done: impl FnOnce(Result<(), Arc<FetchError>>) + Send + 'static) {
+        if let Body::Chunked(chunked) = &self.body {
+            chunked.filling.fetch_add(1, Ordering::Relaxed);
+        }
+        let layer = Arc::downgrade(self);
+        self.request(ByteRange::to(u64::MAX), Cause::Fill, move |result| {
+            if let Some(layer) = layer.upgrade()
+                && let Body::Chunked(chunked) = &layer.body
+            {
+                chunked.filling.fetch_sub(1, Ordering::Relaxed);
+            }
+            done(result);
+        });
+    }
+
+    fn request_chunks(
+        self: &Arc<Self>,
+        chunked: &Chunked,
+        range: ByteRange,
+        cause: Cause,
+        done: impl FnOnce(Result<(), Arc<FetchError>>) + Send + 'static,
+    ) {
+        let wanted = range
+            .intersection(ByteRange::to(chunked.index.image_size()))
+            .map_or(0..0, |range| chunked.index.chunks_in(range));
+        if cause.is_demand() {
+            wanted.clone().for_each(|chunk| self.reached(chunked, chunk));
+        }
+        let missing: Vec<u32> = wanted.filter(|chunk| !self.has(chunked, *chunk)).collect();
+        if missing.is_empty() {
+            return done(Ok(()));
+        }
+        let deadline = cause.is_demand().then_some(self.shared.config.deadline);
+        // One more than there are chunks: the wishes count as a chunk until all of them are made.
+        let waiter = Waiter::new(self.spec.blob, range, missing.len() + 1, deadline, done);
+        let mut here = 1;
+        {
+            let mut state = self.shared.lock();
+            for chunk in missing {
+                let key = Key { layer: self.id, chunk };
+                // Whoever lands a chunk marks it before it takes its entry away, so a chunk without either is missing.
+                if state.queue.knows(key) || !self.has(chunked, chunk) {
+                    state.queue.want(key, cause, Some(Arc::clone(&waiter)));
+                } else {
+                    here += 1;
+                }
+            }
+        }
+        self.shared.pump();
+        (0..here).for_each(|_| waiter.settle(Ok(())));
+    }
+
+    /// True if `chunk` can be read now.
+    fn has(&self, chunked: &Chunked, chunk: u32) -> bool {
+        chunked.file.is_present(chunk) || self.shared.spare.get(Key { layer: self.id, chunk }).is_some()
+    }
+
+    /// A reader has reached `chunk`: for the first time it counts as needed and may give reason to read ahead.
+    fn reached(&self, chunked: &Chunked, chunk: u32) {
+        if !chunked.touch(chunk) {
+            return;
+        }
+        add(&self.counting.needed, chunked.index.chunk(chunk).map_or(0, |chunk| chunk.blob.len()));
+        let ahead = {
+            let mut ahead = chunked.ahead.lock().unwrap_or_else(PoisonError::into_inner);
+            ahead.reached(chunk, chunked.index.len(), |chunk| chunked.chunk_size(chunk))
+        };
+        let Some(ahead) = ahead else { return };
+        let missing: Vec<u32> = ahead.filter(|chunk| !self.has(chunked, *chunk)).collect();
+        if missing.is_empty() {
+            return;
+        }
+        {
+            let mut state = self.shared.lock();
+            for chunk in missing {
+                state.queue.want(Key { layer: self.id, chunk }, Cause::ReadAhead, None);
+            }
+        }
+        self.shared.pump();
+    }
+
+    /// What it has cost so far.
+    pub fn counters(&self) -> Counters {
+        self.counting.snapshot()
+    }
+
+    /// How far it is.
+    pub fn state(&self) -> LayerState {
+        match &self.body {
+            Body::Whole(whole) => whole.state(),
+            Body::Chunked(chunked) => match chunked.file.verdict() {
+                Verdict::Verified(diff_id) if diff_id == self.spec.diff_id && chunked.is_complete() => {
+                    LayerState::Local
+                }
+                _ if chunked.filling.load(Ordering::Relaxed) > 0 => LayerState::Filling,
+                _ => LayerState::Lazy,
+            },
+        }
+    }
+
+    /// Everything there is to say about it. Looks at every chunk.
+    pub fn status(&self) -> LayerStatus {
+        let (chunks, present, bytes, bytes_present, verdict) = match &self.body {
+            Body::Whole(whole) => {
+                let (bytes, present) = whole.progress(&self.spec);
+                (0, 0, bytes, present, Verdict::Unverified)
+            }
+            Body::Chunked(chunked) => (
+                chunked.index.len(),
+                chunked.file.present_count(),
+                chunked.index.image_size(),
+                chunked.bytes_present(),
+                chunked.file.verdict(),
+            ),
+        };
+        let contradiction = match verdict {
+            Verdict::Verified(found) | Verdict::Quarantined(found) | Verdict::Contradicted(found) => {
+                (found != self.spec.diff_id).then_some(found)
+            }
+            Verdict::Unverified => None,
+        };
+        LayerStatus {
+            blob: self.spec.blob,
+            diff_id: self.spec.diff_id,
+            state: self.state(),
+            chunks,
+            present,
+            bytes,
+            bytes_present,
+            contradiction,
+            counters: self.counters(),
+        }
+    }
+
+    pub(super) const fn chunked(&self) -> Option<&Chunked> {
+        match &self.body {
+            Body::Chunked(chunked) => Some(chunked),
+            Body::Whole(_) => None,
+        }
+    }
+
+    fn read_chunks(&self, chunked: &Chunked, range: ByteRange, buf: &mut [u8]) -> Result<(), ReadAtError> {
+        let wanted = chunked.index.chunks_in(range);
+        let mut on_disk = true;
+        for chunk in wanted.clone() {
+            if !chunked.file.is_present(chunk) {
+                if self.shared.spare.get(Key { layer: self.id, chunk }).is_none() {
+                    return Err(ReadAtError::Absent(range));
+                }
+                on_disk = false;
+            }
+            self.reached(chunked, chunk);
+        }
+        if on_disk {
+            return read_file(&chunked.file, range, buf);
+        }
+        for number in wanted {
+            let Some(chunk) = chunked.index.chunk(number) else { return Err(ReadAtError::Absent(range)) };
+            let Some(part) = chunk.image.intersection(range) else { continue };
+            let target = slice_mut(buf, part.start() - range.start(), part.len()).ok_or(ReadAtError::Absent(range))?;
+            if chunked.file.is_present(number) {
+                read_file(&chunked.file, part, target)?;
+            } else {
+                let data = self.shared.spare.get(Key { layer: self.id, chunk: number });
+                let data = data.ok_or(ReadAtError::Absent(range))?;
+                let data = slice(&data, part.start() - chunk.image.start(), part.len());
+                target.copy_from_slice(data.ok_or(ReadAtError::Absent(range))?);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn slice(bytes: &[u8], start: u64, len: u64) -> Option<&[u8]> {
+    let start = usize::try_from(start).ok()?;
+    bytes.get(start..start.checked_add(usize::try_from(len).ok()?)?)
+}
+
+fn slice_mut(bytes: &mut [u8], start: u64, len: u64) -> Option<&mut [u8]> {
+    let start = usize::try_from(start).ok()?;
+    bytes.get_mut(start..start.checked_add(usize::try_from(len).ok()?)?)
+}
+
+pub(super) fn read_file(file: &BlobFile, range: ByteRange, buf: &mut [u8]) -> Result<(), ReadAtError> {
+    file.read_exact_at(range.start(), buf).map_err(|error| match error {
+        StoreError::OutOfBounds { size, .. } => ReadAtError::OutOfBounds { range, size },
+        error => ReadAtError::Io { range, source: io::Error::other(error) },
+    })
+}
+
+impl ReadAt for LayerImage {
+    /// The size of the image. Of a compressed layer that is read from start to end it is not known before it is here:
+    /// until then nothing is out of bounds, everything is absent.
+    fn size(&self) -> u64 {
+        match &self.body {
+            Body::Chunked(chunked) => chunked.index.image_size(),
+            Body::Whole(whole) => whole.size(&self.spec),
+        }
+    }
+
+    fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), ReadAtError> {
+        let size = self.size();
+        let range = ByteRange::at(offset, buf.len() as u64)
+            .map_err(|_| ReadAtError::OutOfBounds { range: ByteRange::to(u64::MAX), size })?;
+        if range.end() > size {
+            return Err(ReadAtError::OutOfBounds { range, size });
+        }
+        match &self.body {
+            Body::Chunked(_) if range.is_empty() => {}
+            Body::Chunked(chunked) => self.read_chunks(chunked, range, buf)?,
+            Body::Whole(whole) => match whole.file() {
+                Some(file) => read_file(file, range, buf)?,
+                None => return Err(ReadAtError::Absent(range)),
+            },
+        }
+        add(&self.counting.read, buf.len() as u64);
+        Ok(())
+    }
+}
+
+impl Drop for LayerImage {
+    fn drop(&mut self) {
+        self.shared.leave(self.id, self.chunked().map_or(0, |chunked| chunked.index.len()));
+    }
+}
+
+impl fmt::Debug for LayerImage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LayerImage").field("blob", &self.spec.blob).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,129 @@
+//! Recognises readers that move forward, and says what they will want. Pure: chunk numbers in, chunk numbers out.
+
+use std::ops::Range;
+
+/// Readers that are told apart within one layer. A dozen containers rarely stream a layer at once; one more costs the
+/// oldest its window, which it earns again within two chunks.
+const STREAMS: usize = 8;
+
+/// The first window, in bytes of the image. Two chunks in order may be chance: one more chunk of the usual size is what
+/// a wrong guess costs.
+const FIRST_WINDOW: u64 = 1 << 20;
+
+/// See the module's description.
+#[derive(Debug)]
+pub(super) struct ReadAhead {
+    max_window: u64,
+    streams: Vec<Stream>,
+    clock: u64,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Stream {
+    /// The chunk that comes next if the reader goes on.
+    next: u32,
+    /// One past the last chunk that was asked for ahead.
+    ahead: u32,
+    window: u64,
+    used: u64,
+}
+
+impl ReadAhead {
+    pub(super) fn new(max_window: u64) -> Self {
+        Self { max_window, streams: Vec::new(), clock: 0 }
+    }
+
+    /// A reader has reached `chunk`, one of `chunks`, for the first time. Gives the chunks that are worth fetching now.
+    pub(super) fn reached(&mut self, chunk: u32, chunks: u32, size_of: impl Fn(u32) -> u64) -> Option<Range<u32>> {
+        if self.max_window == 0 {
+            return None;
+        }
+        self.clock += 1;
+        let (clock, after) = (self.clock, chunk.saturating_add(1));
+        let goes_on = |stream: &&mut Stream| (stream.next..=stream.ahead.max(stream.next)).contains(&chunk);
+        let Some(stream) = self.streams.iter_mut().find(goes_on) else {
+            let fresh = Stream { next: after, ahead: after, window: 0, used: clock };
+            if self.streams.len() < STREAMS {
+                self.streams.push(fresh);
+            } else if let Some(oldest) = self.streams.iter_mut().min_by_key(|stream| stream.used) {
+                *oldest = fresh;
+            }
+            return None;
+        };
+        stream.used = clock;
+        stream.next = after;
+        stream.ahead = stream.ahead.max(after);
+        let left: u64 = (after..stream.ahead).map(&size_of).sum();
+        if left * 2 > stream.window {
+            return None;
+        }
+        stream.window = (stream.window * 2).clamp(FIRST_WINDOW.min(self.max_window), self.max_window);
+        let from = stream.ahead;
+        let mut bytes = left;
+        while stream.ahead < chunks && (bytes < stream.window) {
+            bytes += size_of(stream.ahead);
+            stream.ahead += 1;
+        }
+        (from < stream.ahead).then_some(from..stream.ahead)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn reach(ahead: &mut ReadAhead, chunk: u32) -> Option<Range<u32>> {
+        ahead.reached(chunk, 1000, |_| MIB)
+    }
+
+    #[test]
+    fn a_reader_that_moves_forward_is_kept_ahead_of_in_growing_steps() {
+        let mut ahead = ReadAhead::new(8 * MIB);
+        let mut fetched = Vec::new();
+        for chunk in 10..40 {
+            if let Some(range) = reach(&mut ahead, chunk) {
+                assert_eq!(range.start, fetched.last().map_or(12, |last: &Range<u32>| last.end), "a gap or an overlap");
+                assert!(range.start > chunk);
+                assert!(range.end <= chunk + 1 + 8, "{range:?} is more than the window ahead of {chunk}");
+                fetched.push(range);
+            }
+        }
+        assert_eq!(fetched[..3], [12..13, 13..15, 15..18]);
+        assert!(fetched.last().unwrap().end >= 44);
+    }
+
+    #[test]
+    fn readers_that_jump_are_left_alone() {
+        let mut ahead = ReadAhead::new(8 * MIB);
+        for chunk in [5, 300, 7, 100, 50, 9, 800, 20, 400, 3, 600, 41] {
+            assert_eq!(reach(&mut ahead, chunk), None, "chunk {chunk}");
+        }
+    }
+
+    #[test]
+    fn several_readers_are_told_apart() {
+        let mut ahead = ReadAhead::new(8 * MIB);
+        for step in 0..3 {
+            for reader in 0..8 {
+                let range = reach(&mut ahead, reader * 100 + step);
+                assert_eq!(range.is_some(), step > 0, "reader {reader} at step {step}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_end_is_the_end() {
+        let mut ahead = ReadAhead::new(8 * MIB);
+        assert_eq!(ahead.reached(7, 10, |_| MIB / 4), None);
+        assert_eq!(ahead.reached(8, 10, |_| MIB / 4), Some(9..10));
+        assert_eq!(ahead.reached(9, 10, |_| MIB / 4), None);
+    }
+
+    #[test]
+    fn it_can_be_switched_off() {
+        let mut ahead = ReadAhead::new(0);
+        assert!((0..20).all(|chunk| reach(&mut ahead, chunk).is_none()));
+    }
+}

@@ -1,0 +1,161 @@
+//! What all layers of a fetcher share: the queue, the connections, the pool, the budget.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+use tokio::time::Instant;
+
+use super::budget::Budget;
+use super::cpu::Cpu;
+use super::flight::{self, FlightGuard};
+use super::queue::{Key, LayerId, Layout, Queue};
+use super::spare::Spare;
+use super::waiter::Waiter;
+use super::{Cause, FetchConfig, FetchError, LayerImage};
+use crate::chunked::ChunkIndex;
+use crate::store::Store;
+
+/// How often somebody looks for overdue waiters. Deadlines are tens of seconds.
+const SWEEP: Duration = Duration::from_secs(1);
+
+/// See the module's description. The lock of `state` is never held while anything is called that may take time or
+/// another lock, nor while a layer or a waiter may be dropped.
+pub(super) struct Shared {
+    pub(super) store: Arc<Store>,
+    pub(super) runtime: Handle,
+    pub(super) config: FetchConfig,
+    pub(super) cpu: Cpu,
+    pub(super) budget: Budget,
+    pub(super) spare: Spare,
+    state: Mutex<State>,
+    next_layer: AtomicU32,
+}
+
+pub(super) struct State {
+    pub(super) queue: Queue<Arc<Waiter>>,
+    layers: Layers,
+    running: Running,
+}
+
+#[derive(Default)]
+struct Layers(HashMap<LayerId, (Arc<ChunkIndex>, Weak<LayerImage>)>);
+
+impl Layout for Layers {
+    fn blob_range(&self, key: Key) -> Option<(u64, u64)> {
+        let (index, _) = self.0.get(&key.layer)?;
+        index.chunk(key.chunk).map(|chunk| (chunk.blob.start(), chunk.blob.end()))
+    }
+}
+
+/// Flights under way.
+#[derive(Debug, Default)]
+struct Running {
+    all: usize,
+    background: usize,
+}
+
+impl Running {
+    fn admits(&self, cause: Cause, config: &FetchConfig) -> bool {
+        let background = config.background_connections.max(1);
+        self.all < config.connections.max(1) && (cause.is_demand() || self.background < background)
+    }
+}
+
+impl Shared {
+    pub(super) fn start(store: Arc<Store>, runtime: Handle, config: FetchConfig) -> io::Result<Arc<Self>> {
+        let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
+        let shared = Arc::new(Self {
+            store,
+            config,
+            cpu: Cpu::new(config.cpu_threads.unwrap_or_else(|| cores.clamp(2, 4)))?,
+            budget: Budget::new(config.memory),
+            spare: Spare::new(config.spare),
+            state: Mutex::new(State { queue: Queue::new(), layers: Layers::default(), running: Running::default() }),
+            next_layer: AtomicU32::new(0),
+            runtime,
+        });
+        shared.runtime.spawn(sweep(Arc::downgrade(&shared)));
+        Ok(shared)
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn new_layer_id(&self) -> LayerId {
+        self.next_layer.fetch_add(1, Ordering::Relaxed)
+    }
+
+    pub(super) fn enter(&self, id: LayerId, index: Arc<ChunkIndex>, layer: Weak<LayerImage>) {
+        self.lock().layers.0.insert(id, (index, layer));
+    }
+
+    /// A layer is gone: nobody wants its chunks any more.
+    pub(super) fn leave(&self, id: LayerId, chunks: u32) {
+        let gone: Vec<_> = {
+            let mut state = self.lock();
+            state.layers.0.remove(&id);
+            if state.queue.wanted(id) == 0 {
+                Vec::new()
+            } else {
+                (0..chunks).flat_map(|chunk| state.queue.settle(Key { layer: id, chunk })).collect()
+            }
+        };
+        drop(gone);
+        self.spare.forget(id);
+    }
+
+    /// Starts as many flights as there may be.
+    pub(super) fn pump(self: &Arc<Self>) {
+        let mut flights = Vec::new();
+        {
+            let mut state = self.lock();
+            let State { queue, layers, running } = &mut *state;
+            while let Some(cause) = queue.most_urgent() {
+                if !running.admits(cause, &self.config) {
+                    break;
+                }
+                let Some(flight) = queue.take_flight(layers, |_| self.config.range) else { break };
+                running.all += 1;
+                running.background += usize::from(!flight.cause.is_demand());
+                let layer = layers.0.get(&flight.layer).map(|(_, layer)| Weak::clone(layer)).unwrap_or_default();
+                flights.push((flight, layer));
+            }
+        }
+        for (flight, layer) in flights {
+            let guard = FlightGuard::new(Arc::clone(self), flight);
+            self.runtime.spawn(flight::fly(guard, layer));
+        }
+    }
+
+    /// A flight is over.
+    pub(super) fn landed(&self, cause: Cause) {
+        let mut state = self.lock();
+        state.running.all -= 1;
+        state.running.background -= usize::from(!cause.is_demand());
+    }
+
+    /// Answers whoever waits for `key`.
+    pub(super) fn settle(&self, key: Key, result: &Result<(), Arc<FetchError>>) {
+        let waiters = self.lock().queue.settle(key);
+        for waiter in waiters {
+            waiter.settle(result.clone());
+        }
+    }
+}
+
+/// Answers overdue waiters until the fetcher is gone.
+async fn sweep(shared: Weak<Shared>) {
+    loop {
+        tokio::time::sleep(SWEEP).await;
+        let Some(shared) = shared.upgrade() else { return };
+        let now = Instant::now();
+        let overdue: Vec<_> =
+            shared.lock().queue.waiters().filter(|waiter| waiter.is_overdue(now)).map(Arc::clone).collect();
+        overdue.iter().for_each(|waiter| waiter.expire());
+    }
+}

@@ -2,5 +2,6 @@
 
 pub mod images;
 pub mod registry;
+pub mod source;
 pub mod tar;
 pub mod tree;

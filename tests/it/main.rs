@@ -5,6 +5,7 @@
 mod architecture;
 mod erofs_reader;
 mod erofs_writer;
+mod fetch;
 mod registry;
 mod serve;
 mod tar;

@@ -21,9 +21,9 @@
 //! | 6 | `fuse` | the kernel's FUSE protocol |
 //! | 6 | `serve` | a read-only distribution endpoint for experiments |
 //! | 6 | `control` | the local socket the command line talks to |
-//! | 6 | `cli` | arguments, commands, exit codes |
 //! | 7 | `daemon` | configuration, wiring, shutdown |
 //! | 7 | `testkit` | generators, faulty peers and judges for tests (feature `testkit`) |
+//! | 8 | `cli` | arguments, commands, exit codes |
 
 pub mod chunked;
 pub mod cli;

@@ -11,7 +11,7 @@ use super::header::{self, BLOCK, Block, Dialect, Header};
 use super::pax::Pax;
 use super::sparse::{Lines, SparseMap};
 use super::{MAX_PATH, MAX_RECORDS};
-use crate::model::{DeviceNumber, EntryKind, LayerEntry, Metadata, Name, NameError, RelPath, Timestamp, Xattr};
+use crate::model::{DeviceNumber, EntryKind, LayerEntry, Metadata, Name, RelPath, Timestamp, Xattr};
 
 /// A stretch of a file's content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -621,35 +621,33 @@ fn place(path: &[u8]) -> Result<Place, Problem> {
     const MARK: &[u8] = b".wh.";
     const AUFS: &[u8] = b".wh..wh.";
     const OPAQUE: &[u8] = b".wh..wh..opq";
-    let path = rel_path(path, "path", Problem::BadPath, || Problem::Climbs)?;
-    let Some((last, above)) = path.components().split_last() else { return Ok(Place::File(path)) };
-    let begins = |name: &Name, mark: &[u8]| name.as_bytes().starts_with(mark);
-    if above.iter().any(|name| begins(name, AUFS)) {
+    let parts = parts(path, "path", || Problem::Climbs)?;
+    let below = |parts: &[&[u8]]| RelPath::parse(&parts.join(&b'/')).map_err(Problem::BadPath);
+    let Some((last, above)) = parts.split_last() else { return Ok(Place::File(RelPath::root())) };
+    if above.iter().any(|part| part.starts_with(AUFS)) {
         return Ok(Place::Aufs);
     }
-    if above.iter().any(|name| begins(name, MARK)) {
+    if above.iter().any(|part| part.starts_with(MARK)) {
         return Err(Problem::ReservedName);
     }
-    let directory = path.parent().unwrap_or_default();
-    if last.as_bytes() == OPAQUE {
-        Ok(Place::Opaque(directory))
-    } else if begins(last, AUFS) {
+    if *last == OPAQUE {
+        below(above).map(Place::Opaque)
+    } else if last.starts_with(AUFS) {
         Ok(Place::Aufs)
-    } else if let Some(removed) = last.as_bytes().strip_prefix(MARK) {
-        let removed = Name::new(removed).map_err(|_| Problem::ReservedName)?;
-        Ok(Place::Whiteout(directory.join(removed)))
+    } else if let Some(removed) = last.strip_prefix(MARK) {
+        // The mark may be longer than a name: only what it removes has to be one.
+        if matches!(removed, b"" | b"." | b"..") {
+            return Err(Problem::ReservedName);
+        }
+        let removed = Name::new(removed).map_err(Problem::BadPath)?;
+        Ok(Place::Whiteout(below(above)?.join(removed)))
     } else {
-        Ok(Place::File(path))
+        below(&parts).map(Place::File)
     }
 }
 
-/// A path with `..` resolved by text alone, as engines do, unless it leaves the layer.
-fn rel_path(
-    bytes: &[u8],
-    what: &'static str,
-    bad: impl FnOnce(NameError) -> Problem,
-    climbs: impl FnOnce() -> Problem,
-) -> Result<RelPath, Problem> {
+/// The parts of a path with `..` resolved by text alone, as engines do, unless it leaves the layer.
+fn parts<'a>(bytes: &'a [u8], what: &'static str, climbs: impl FnOnce() -> Problem) -> Result<Vec<&'a [u8]>, Problem> {
     if bytes.len() > MAX_PATH {
         return Err(Problem::TooLong { what, len: bytes.len(), limit: MAX_PATH });
     }
@@ -665,7 +663,7 @@ fn rel_path(
             _ => parts.push(part),
         }
     }
-    RelPath::parse(&parts.join(&b'/')).map_err(bad)
+    Ok(parts)
 }
 
 fn symlink_target(link: &[u8]) -> Result<Box<[u8]>, Problem> {
@@ -681,8 +679,8 @@ fn symlink_target(link: &[u8]) -> Result<Box<[u8]>, Problem> {
 }
 
 fn hard_link_target(link: &[u8]) -> Result<RelPath, Problem> {
-    let bad = |source| Problem::BadTarget { target: shorten(link), source };
-    rel_path(link, "link target", bad, || Problem::TargetClimbs(shorten(link)))
+    let parts = parts(link, "link target", || Problem::TargetClimbs(shorten(link)))?;
+    RelPath::parse(&parts.join(&b'/')).map_err(|source| Problem::BadTarget { target: shorten(link), source })
 }
 
 fn device(header: Header<'_>, pax: &Pax) -> Result<DeviceNumber, Problem> {

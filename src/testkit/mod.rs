@@ -1,6 +1,8 @@
 //! What the tests of several rooms share: generators, faulty peers, judges.
 
 pub mod images;
+pub mod layers;
+pub mod layouts;
 pub mod registry;
 pub mod source;
 pub mod tar;

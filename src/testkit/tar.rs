@@ -125,6 +125,7 @@ pub fn pax_record(key: &[u8], value: &[u8]) -> Vec<u8> {
 #[derive(Debug, Clone, Default)]
 pub struct TarWriter {
     bytes: Vec<u8>,
+    dotted: bool,
 }
 
 impl TarWriter {
@@ -141,6 +142,12 @@ impl TarWriter {
     /// True if nothing has been written.
     pub fn is_empty(&self) -> bool {
         self.bytes.is_empty()
+    }
+
+    /// Writes paths of further entries with `./` in front.
+    pub fn dotted(&mut self) -> &mut Self {
+        self.dotted = true;
+        self
     }
 
     /// Any bytes.
@@ -178,6 +185,9 @@ impl TarWriter {
         let mut records: Vec<(Vec<u8>, Vec<u8>)> = Vec::new();
         let mut say = |key: &str, value: Vec<u8>| records.push((key.as_bytes().to_vec(), value));
         let mut path = on_tape(entry);
+        if self.dotted && path != b"." {
+            path.splice(..0, *b"./");
+        }
         let mut body: Vec<u8> = Vec::new();
         let mut header = RawHeader::new(flag(&entry.kind), b"");
         match &entry.kind {

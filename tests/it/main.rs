@@ -6,6 +6,7 @@ mod architecture;
 mod erofs_reader;
 mod erofs_writer;
 mod fetch;
+mod layers;
 mod registry;
 mod serve;
 mod tar;

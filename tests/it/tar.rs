@@ -10,7 +10,11 @@ use std::process::Command;
 
 use headstart::model::{DeviceNumber, EntryKind, LayerEntry, Metadata, RelPath, Timestamp, Xattr};
 use headstart::tar::{self, Part, Problem, Reader, Run, TarError};
+use headstart::testkit::layers::{Layer, Marks, Piece, layer_tars};
 use headstart::testkit::tar::{BLOCK, Magic, RawHeader, TarWriter};
+use proptest::collection::vec;
+use proptest::prelude::*;
+use proptest::sample::Index;
 
 /// All entries with their contents.
 fn read_all(source: impl Read) -> Result<Vec<(LayerEntry, Vec<u8>)>, TarError> {
@@ -656,4 +660,64 @@ out.close()
             assert_eq!(attr.xattrs, [Xattr { name: (*b"user.k").into(), value: "vé".as_bytes().into() }]);
         }
     }
+}
+
+/// What a generated layer must read back as.
+fn content_of(layer: &Layer) -> Vec<(LayerEntry, Vec<u8>)> {
+    let content = |pieces: &[Piece]| pieces.iter().flat_map(|piece| piece.bytes()).collect();
+    layer.files.iter().map(|file| (file.entry.clone(), content(&file.pieces))).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    #[test]
+    fn generated_layers_read_back_as_they_were((layer, tar) in layer_tars()) {
+        let mut found = read_all(&tar[..]).unwrap();
+        let mut expected = content_of(&layer);
+        if layer.marks != Marks::Among {
+            // Both keep the order among marks and among others.
+            let is_mark = |(entry, _): &(LayerEntry, Vec<u8>)| {
+                matches!(entry.kind, EntryKind::Whiteout | EntryKind::Opaque)
+            };
+            found.sort_by_key(is_mark);
+            expected.sort_by_key(is_mark);
+        }
+        prop_assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn damaged_layers_never_panic_nor_hang(
+        (_, mut tar) in layer_tars(),
+        damage in vec((any::<Index>(), any::<u8>()), 1..8),
+        repair in any::<bool>(),
+    ) {
+        for (at, byte) in damage {
+            let at = at.index(tar.len());
+            tar[at] = byte;
+            if repair {
+                repair_checksum(&mut tar, at / BLOCK * BLOCK);
+            }
+        }
+        let mut reader = Reader::new(&tar[..]);
+        while let Ok(Some(_)) = reader.next_entry() {
+            let mut buf = [0; 65536];
+            for _ in 0..50 {
+                match reader.read_body(&mut buf) {
+                    Ok(0) | Err(_) => break,
+                    Ok(_) => {}
+                }
+                reader.next_run();
+            }
+        }
+        prop_assert!(reader.offset() <= tar.len() as u64);
+    }
+}
+
+/// Makes the block at `start` pass for a header.
+fn repair_checksum(tar: &mut [u8], start: usize) {
+    let block = &mut tar[start..start + BLOCK];
+    block[148..156].fill(b' ');
+    let sum: u32 = block.iter().map(|byte| u32::from(*byte)).sum();
+    block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
 }

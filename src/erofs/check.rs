@@ -314,13 +314,13 @@ impl<'a, R: ReadAt> Checker<'a, R> {
         let attributes = inode.attributes;
         let is_directory = attributes.kind == FileKind::Directory;
         if let Some(met) = self.met.get_mut(&nid) {
-            met.names += 1;
-            let first = met.step;
             if is_directory {
+                let first = met.step;
                 let first = self.path(first);
                 self.found(Some(step), Some(nid), inode.position, Problem::DirectoryTwice(first));
                 return Ok(None);
             }
+            met.names += 1;
             return Ok(Some(inode));
         }
         let met = Met { step, position: inode.position, names: 1, nlink: attributes.nlink, is_directory };
@@ -367,11 +367,13 @@ impl<'a, R: ReadAt> Checker<'a, R> {
             self.chunked.push(*inode);
             return Ok(());
         }
+        let is_content = inode.attributes.kind == FileKind::Regular;
+        let owner = if is_content { Owner::Data(inode.nid) } else { Owner::Inode(inode.nid) };
         for extent in self.image.extents(inode, ByteRange::to(inode.attributes.size)) {
             let extent = extent?;
             if let ExtentSource::Data { device, offset } = extent.source {
                 self.in_bounds(inode, device, offset, extent.file.len())?;
-                self.claim(device, offset, extent.file.len(), Owner::Data(inode.nid));
+                self.claim(device, offset, extent.file.len(), owner);
             }
         }
         Ok(())
@@ -427,6 +429,14 @@ impl<'a, R: ReadAt> Checker<'a, R> {
                 }
             };
             for entry in block.entries() {
+                let entry = match entry {
+                    Ok(entry) => entry,
+                    Err(error) => {
+                        self.failed(step, nid, error)?;
+                        complete = false;
+                        continue;
+                    }
+                };
                 if entry.name <= &*last {
                     let name = String::from_utf8_lossy(entry.name).into_owned();
                     self.found(Some(step), Some(nid), directory.position, Problem::Defect(Defect::Unsorted(name)));

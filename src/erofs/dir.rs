@@ -26,9 +26,12 @@ pub struct DirPage {
     pub next: Option<u64>,
 }
 
-/// One block of a directory. Its name offsets have been checked: they ascend and stay inside.
+/// One block of a directory. Entries are judged one by one: a search by halves looks at few of them.
 pub(crate) struct DirBlock {
+    directory: Inode,
+    number: u64,
     bytes: Vec<u8>,
+    /// Number of entries, at least 1. The table of them lies inside of the block, and something follows it.
     count: usize,
 }
 
@@ -50,66 +53,56 @@ impl RawEntry<'_> {
 }
 
 impl DirBlock {
-    fn parse(inode: &Inode, number: u64, bytes: Vec<u8>) -> Result<Self, Error> {
-        let wrong = || inode.corrupt(Defect::NameOffsets { block: number });
-        let first = bytes.first_chunk().map(Dirent::decode).ok_or_else(wrong)?;
-        let table = usize::from(first.name_offset);
-        if table == 0 || table % DIRENT_SIZE != 0 || table >= bytes.len() {
-            return Err(wrong());
-        }
-        let block = Self { count: table / DIRENT_SIZE, bytes };
-        let mut last = 0;
-        for index in 0..block.count {
-            let offset = block.name_offset(index).ok_or_else(wrong)?;
-            if offset <= last || offset >= block.bytes.len() {
-                return Err(wrong());
-            }
-            last = offset;
-        }
-        // Every name but the last one has a byte now; the last one must not begin with its terminator.
-        if block.bytes.get(last) == Some(&0) {
-            return Err(wrong());
+    fn parse(directory: &Inode, number: u64, bytes: Vec<u8>) -> Result<Self, Error> {
+        let table = bytes.first_chunk().map_or(0, |first| usize::from(Dirent::decode(first).name_offset));
+        let block = Self { directory: *directory, number, count: table / DIRENT_SIZE, bytes };
+        if table == 0 || table % DIRENT_SIZE != 0 || table >= block.bytes.len() {
+            return Err(block.wrong());
         }
         Ok(block)
+    }
+
+    fn wrong(&self) -> Error {
+        self.directory.corrupt(Defect::NameOffsets { block: self.number })
     }
 
     fn dirent(&self, index: usize) -> Option<Dirent> {
         self.bytes.get(index.checked_mul(DIRENT_SIZE)?..)?.first_chunk().map(Dirent::decode)
     }
 
-    fn name_offset(&self, index: usize) -> Option<usize> {
-        self.dirent(index).map(|dirent| dirent.name_offset.into())
-    }
-
-    /// Entry `index` of `0..len()`.
-    fn get(&self, index: usize) -> RawEntry<'_> {
-        let dirent = self.dirent(index).expect("the table was checked to be inside of the block");
+    /// Entry `index` of `0..count`. Its name is not empty, and lies behind the table.
+    fn get(&self, index: usize) -> Result<RawEntry<'_>, Error> {
+        let dirent = self.dirent(index).ok_or_else(|| self.wrong())?;
         let start = usize::from(dirent.name_offset);
         let name = if index + 1 < self.count {
-            let end = self.name_offset(index + 1).expect("the table was checked to be inside of the block");
-            self.bytes.get(start..end)
+            let end = self.dirent(index + 1).map(|next| usize::from(next.name_offset));
+            end.and_then(|end| self.bytes.get(start..end))
         } else {
             self.bytes.get(start..).and_then(|rest| rest.split(|byte| *byte == 0).next())
         };
-        RawEntry { name: name.expect("the offsets were checked to ascend inside of the block"), dirent }
+        match name {
+            Some(name) if !name.is_empty() && start >= self.count * DIRENT_SIZE => Ok(RawEntry { name, dirent }),
+            _ => Err(self.wrong()),
+        }
     }
 
-    pub(crate) fn entries(&self) -> impl Iterator<Item = RawEntry<'_>> {
+    pub(crate) fn entries(&self) -> impl Iterator<Item = Result<RawEntry<'_>, Error>> {
         (0..self.count).map(|index| self.get(index))
     }
 
     /// Searches by halves.
-    fn find(&self, name: &[u8]) -> Option<usize> {
+    fn find(&self, name: &[u8]) -> Result<Option<RawEntry<'_>>, Error> {
         let (mut low, mut high) = (0, self.count);
         while low < high {
             let middle = low + (high - low) / 2;
-            match self.get(middle).name.cmp(name) {
-                Ordering::Equal => return Some(middle),
+            let entry = self.get(middle)?;
+            match entry.name.cmp(name) {
+                Ordering::Equal => return Ok(Some(entry)),
                 Ordering::Less => low = middle + 1,
                 Ordering::Greater => high = middle,
             }
         }
-        None
+        Ok(None)
     }
 }
 
@@ -149,12 +142,12 @@ impl<R: ReadAt> Image<R> {
         while low < high {
             let middle = low + (high - low) / 2;
             let block = self.dir_block(directory, middle)?;
-            if name < block.get(0).name {
+            if name < block.get(0)?.name {
                 high = middle;
-            } else if name > block.get(block.count - 1).name {
+            } else if name > block.get(block.count - 1)?.name {
                 low = middle + 1;
             } else {
-                return Ok(block.find(name).map(|index| take(&block.get(index))));
+                return Ok(block.find(name)?.map(|entry| take(&entry)));
             }
         }
         Ok(None)
@@ -185,8 +178,8 @@ impl<R: ReadAt> Image<R> {
         let block = self.dir_block(directory, from)?;
         let mut entries = Vec::with_capacity(block.count);
         let mut last: Option<&[u8]> = None;
-        for index in 0..block.count {
-            let raw = block.get(index);
+        for raw in block.entries() {
+            let raw = raw?;
             if last.is_some_and(|last| last >= raw.name) {
                 return Err(unsorted(directory, raw.name));
             }

@@ -17,6 +17,11 @@ mod inode;
 mod superblock;
 mod xattr;
 
+#[cfg(test)]
+mod draft;
+#[cfg(test)]
+mod tests;
+
 pub use check::{Finding, MAX_FINDINGS, Problem, Report, check};
 pub use data::{Extent, ExtentSource, Extents};
 pub use dir::{DirEntry, DirPage};

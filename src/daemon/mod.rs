@@ -1,3 +1,4 @@
 //! Configuration and wiring: what the rooms below are told, and how they stand together in a process that serves a mount.
 
 pub mod config;
+pub mod mounts;

@@ -1,0 +1,348 @@
+//! The mounts of a root: who serves what where, on disk, so that any process of the root can tell.
+//!
+//! ```text
+//! <root>/mounts/<id>.lock   held by the serving process as long as it lives
+//! <root>/mounts/<id>.json   the record: image, mount point, process
+//! <root>/mounts/<id>.sock   its control socket
+//! <root>/mounts/<id>.log    its log
+//! <root>/mounts/<id>.lower  where the image itself is mounted while a writable layer is put on top
+//! ```
+//!
+//! Guarantees: a mount point has one serving process per root; whether it lives is what its lock says, so a reused process
+//! id cannot deceive; what a dead process left is found and removed. Refuses to know what is mounted.
+
+use std::fs;
+use std::io;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::model::{Algorithm, Digest};
+use crate::sys::{FileLock, LockMode};
+
+/// What is known of a mount even when its process is gone.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MountRecord {
+    /// The image as it was asked for.
+    pub image: String,
+    /// Where it is mounted.
+    pub mount_point: PathBuf,
+    /// How it is presented.
+    pub driver: String,
+    /// The serving process.
+    pub pid: u32,
+    /// Directory of the writable layer on top, if there is one.
+    pub upper: Option<PathBuf>,
+}
+
+/// Why the mounts of a root could not be looked at or changed.
+#[derive(Debug, thiserror::Error)]
+pub enum MountsError {
+    /// The system refused.
+    #[error("cannot {action} {}", .path.display())]
+    Io {
+        /// What was attempted.
+        action: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Another process of this root serves the mount point, or is about to.
+    #[error("cannot mount on {}: another process of this root serves it", .0.display())]
+    Taken(PathBuf),
+}
+
+fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> MountsError {
+    let path = path.to_owned();
+    move |source| MountsError::Io { action, path, source }
+}
+
+/// The mounts of a root.
+#[derive(Debug, Clone)]
+pub struct Mounts {
+    directory: PathBuf,
+}
+
+/// One of them.
+#[derive(Debug, Clone)]
+pub struct Entry {
+    /// What is known.
+    pub record: MountRecord,
+    /// True if its process lives.
+    pub alive: bool,
+    place: Place,
+}
+
+/// The files of one mount.
+#[derive(Debug, Clone)]
+struct Place {
+    base: PathBuf,
+}
+
+impl Place {
+    fn file(&self, suffix: &str) -> PathBuf {
+        let mut name = self.base.clone().into_os_string();
+        name.push(suffix);
+        name.into()
+    }
+
+    fn lock(&self) -> PathBuf {
+        self.file(".lock")
+    }
+
+    fn record(&self) -> PathBuf {
+        self.file(".json")
+    }
+
+    /// Holds the lock, on the file that bears its name.
+    fn take(&self) -> Result<Option<FileLock>, MountsError> {
+        let path = self.lock();
+        loop {
+            fs::File::options()
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .open(&path)
+                .map_err(io_error("create", &path))?;
+            let lock = match FileLock::try_acquire(&path, LockMode::Exclusive) {
+                Ok(Some(lock)) => lock,
+                Ok(None) => return Ok(None),
+                // Whoever held it removed it at this moment.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(io_error("lock", &path)(error)),
+            };
+            if lock.still_names(&path).map_err(io_error("look at", &path))? {
+                return Ok(Some(lock));
+            }
+        }
+    }
+
+    /// Removes everything but the log, which tells why. The lock is held, and goes last.
+    fn clear(&self) -> Result<(), MountsError> {
+        for path in [self.file(".sock"), self.record(), self.lock()] {
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(io_error("remove", &path)(error));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Mounts {
+    /// The mounts of `root`, which is made if it is missing.
+    ///
+    /// # Errors
+    /// A directory that cannot be made.
+    pub fn open(root: &Path) -> Result<Self, MountsError> {
+        let directory = root.join("mounts");
+        fs::create_dir_all(&directory).map_err(io_error("create", &directory))?;
+        Ok(Self { directory })
+    }
+
+    /// The mounts of `root`, none if nothing was ever mounted there.
+    ///
+    /// # Errors
+    /// A directory that cannot be looked at.
+    pub fn look(root: &Path) -> Result<Vec<Entry>, MountsError> {
+        let directory = root.join("mounts");
+        let mut entries = Vec::new();
+        let listing = match fs::read_dir(&directory) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(entries),
+            listing => listing.map_err(io_error("list", &directory))?,
+        };
+        for found in listing {
+            let path = found.map_err(io_error("list", &directory))?.path();
+            if path.extension().is_none_or(|extension| extension != "json") {
+                continue;
+            }
+            let place = Place { base: path.with_extension("") };
+            // It may be removed while we look.
+            let Ok(bytes) = fs::read(&path) else { continue };
+            let Ok(record) = serde_json::from_slice::<MountRecord>(&bytes) else {
+                tracing::warn!(path = %path.display(), "the record of a mount is damaged and left out");
+                continue;
+            };
+            let alive = match FileLock::try_acquire(&place.lock(), LockMode::Shared) {
+                Ok(None) => true,
+                Ok(Some(_)) => false,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => false,
+                Err(error) => return Err(io_error("lock", &place.lock())(error)),
+            };
+            entries.push(Entry { record, alive, place });
+        }
+        entries.sort_by(|a, b| a.record.mount_point.cmp(&b.record.mount_point));
+        Ok(entries)
+    }
+
+    fn place(&self, mount_point: &Path) -> Place {
+        let id = Digest::of(Algorithm::Sha256, mount_point.as_os_str().as_bytes()).hex();
+        Place { base: self.directory.join(id.get(..16).unwrap_or(&id)) }
+    }
+
+    /// Where the log of what is mounted on `mount_point` (absolute) is.
+    pub fn log(&self, mount_point: &Path) -> PathBuf {
+        self.place(mount_point).file(".log")
+    }
+
+    /// Takes `mount_point` (absolute) for this process.
+    ///
+    /// # Errors
+    /// [`MountsError::Taken`].
+    pub fn claim(&self, mount_point: &Path) -> Result<Claim, MountsError> {
+        let place = self.place(mount_point);
+        let lock = place.take()?.ok_or_else(|| MountsError::Taken(mount_point.to_owned()))?;
+        Ok(Claim { place, _lock: lock })
+    }
+}
+
+impl Entry {
+    /// The control socket of its process.
+    pub fn socket(&self) -> PathBuf {
+        self.place.file(".sock")
+    }
+
+    /// The log of its process.
+    pub fn log(&self) -> PathBuf {
+        self.place.file(".log")
+    }
+
+    /// Removes what a dead process left on disk. False if it lives after all.
+    ///
+    /// # Errors
+    /// A file that cannot be removed.
+    pub fn clear(&self) -> Result<bool, MountsError> {
+        match self.place.take()? {
+            Some(_held) => self.place.clear().map(|()| true),
+            None => Ok(false),
+        }
+    }
+}
+
+/// A mount point that belongs to this process until this is dropped, which removes its files.
+#[derive(Debug)]
+pub struct Claim {
+    place: Place,
+    _lock: FileLock,
+}
+
+impl Claim {
+    /// Lets other processes see the mount.
+    ///
+    /// # Errors
+    /// A record that cannot be written.
+    pub fn publish(&self, record: &MountRecord) -> Result<(), MountsError> {
+        let (path, fresh) = (self.place.record(), self.place.file(".new"));
+        let bytes = serde_json::to_vec_pretty(record).expect("plain fields always have a JSON form");
+        fs::write(&fresh, bytes).and_then(|()| fs::rename(&fresh, &path)).map_err(io_error("write", &path))
+    }
+
+    /// The control socket to listen on.
+    pub fn socket(&self) -> PathBuf {
+        self.place.file(".sock")
+    }
+
+    /// A new directory on which the image itself is mounted for a moment.
+    ///
+    /// # Errors
+    /// A directory that cannot be made.
+    pub fn lower(&self) -> Result<PathBuf, MountsError> {
+        let path = self.place.file(".lower");
+        match fs::create_dir(&path) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(io_error("create", &path)(error)),
+            _ => Ok(path),
+        }
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        let lower = self.place.file(".lower");
+        match fs::remove_dir(&lower) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(path = %lower.display(), %error, "cannot remove the directory of the lower mount");
+            }
+            _ => {}
+        }
+        if let Err(error) = self.place.clear() {
+            let error: &dyn std::error::Error = &error;
+            tracing::warn!(error, "the state of the mount stays behind");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(mount_point: &str) -> MountRecord {
+        MountRecord {
+            image: "oci:x".to_owned(),
+            mount_point: mount_point.into(),
+            driver: "fuse".to_owned(),
+            pid: 1,
+            upper: None,
+        }
+    }
+
+    fn files(root: &Path) -> Vec<String> {
+        let listing = fs::read_dir(root.join("mounts")).unwrap();
+        let mut names: Vec<String> =
+            listing.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn a_mount_point_belongs_to_one_process() {
+        let root = tempfile::tempdir().unwrap();
+        let mounts = Mounts::open(root.path()).unwrap();
+        let claim = mounts.claim(Path::new("/a")).unwrap();
+        assert!(matches!(mounts.claim(Path::new("/a")), Err(MountsError::Taken(_))));
+        let other = mounts.claim(Path::new("/b")).unwrap();
+        drop(claim);
+        mounts.claim(Path::new("/a")).unwrap();
+        drop(other);
+        assert_eq!(files(root.path()), Vec::<String>::new());
+    }
+
+    #[test]
+    fn the_living_and_the_dead_are_told_apart() {
+        let root = tempfile::tempdir().unwrap();
+        assert!(Mounts::look(root.path()).unwrap().is_empty());
+        let mounts = Mounts::open(root.path()).unwrap();
+        let living = mounts.claim(Path::new("/a")).unwrap();
+        living.publish(&record("/a")).unwrap();
+        let dead = mounts.claim(Path::new("/b")).unwrap();
+        dead.publish(&record("/b")).unwrap();
+        // What a killed process leaves: its files, but not its lock.
+        let kept: Vec<(PathBuf, Vec<u8>)> = ["lock", "json"]
+            .map(|suffix| dead.place.file(&format!(".{suffix}")))
+            .map(|path| (path.clone(), fs::read(path).unwrap()))
+            .to_vec();
+        drop(dead);
+        for (path, bytes) in kept {
+            fs::write(path, bytes).unwrap();
+        }
+
+        let found = Mounts::look(root.path()).unwrap();
+        let seen: Vec<(&Path, bool)> = found.iter().map(|e| (e.record.mount_point.as_path(), e.alive)).collect();
+        assert_eq!(seen, [(Path::new("/a"), true), (Path::new("/b"), false)]);
+        assert!(!found[0].clear().unwrap());
+        assert!(found[1].clear().unwrap());
+        assert_eq!(Mounts::look(root.path()).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_damaged_record_is_left_out() {
+        let root = tempfile::tempdir().unwrap();
+        Mounts::open(root.path()).unwrap();
+        fs::write(root.path().join("mounts/x.json"), "{").unwrap();
+        assert!(Mounts::look(root.path()).unwrap().is_empty());
+    }
+}

@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test whose stage cannot be set has failed")]
 
 mod architecture;
+mod chunked;
 mod erofs_reader;
 mod erofs_writer;
 mod fetch;

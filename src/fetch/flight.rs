@@ -21,6 +21,10 @@ const RETRIES: u32 = 3;
 /// Pause before the first of them; doubled each time.
 const PAUSE: Duration = Duration::from_millis(100);
 
+/// How long a background flight waits before each chunk while others are under way for somebody who waits. Long enough
+/// to leave them nearly all of a slow link, short enough that a reader who never stops does not stop the background.
+const GIVE_WAY: Duration = Duration::from_millis(100);
+
 /// Answers for the chunks of a flight that have not reached the CPU pool, whatever happens to the flight.
 pub(super) struct FlightGuard {
     shared: Arc<Shared>,
@@ -36,6 +40,31 @@ impl FlightGuard {
 
     fn key(&self) -> Key {
         Key { layer: self.flight.layer, chunk: self.next }
+    }
+
+    /// Takes note of how far the flight is. False if it ends here because somebody else brings the next chunk: what
+    /// lies behind that one is left to another flight.
+    fn advance(&self) -> bool {
+        let mut state = self.shared.lock();
+        let goes_on = state.queue.advance(&self.flight, self.next);
+        if !goes_on {
+            state.queue.requeue(&self.flight, self.next);
+        }
+        goes_on
+    }
+
+    /// A flight that nobody waits for leaves the link to those that somebody waits for: it reads no further while
+    /// there are any, for a while.
+    async fn give_way(&self) {
+        if self.flight.cause.is_demand() {
+            return;
+        }
+        let mut demand = self.shared.demand.subscribe();
+        if *demand.borrow_and_update() == 0 || self.shared.lock().queue.is_awaited(&self.flight, self.next) {
+            return;
+        }
+        // Whether there was peace or not, the next chunk has its turn.
+        drop(timeout(GIVE_WAY, demand.wait_for(|flights| *flights == 0)).await);
     }
 
     fn fail(&mut self, error: &Arc<FetchError>) {
@@ -63,7 +92,7 @@ impl Drop for FlightGuard {
         }
         // Dropped promises answer for themselves.
         drop(left);
-        self.shared.landed(self.flight.cause);
+        self.shared.landed(&self.flight);
         let shared = Arc::clone(&self.shared);
         // Not called right here: a runtime that shuts down would drop the next flight at once, and so on.
         drop(self.shared.runtime.spawn(async move { shared.pump() }));
@@ -105,7 +134,7 @@ fn note_retry(error: &FetchError, failures: u32) {
 /// One request for everything that is left of the flight.
 async fn bring(guard: &mut FlightGuard, layer: &Arc<LayerImage>) -> Result<(), Trouble> {
     let Some(chunked) = layer.chunked() else { return Ok(()) };
-    let Flight { end, attempt, cause, id, .. } = guard.flight;
+    let Flight { end, attempt, cause, .. } = guard.flight;
     // Another process may have been faster.
     while guard.next < end && attempt == 0 && chunked.file.is_present(guard.next) {
         guard.shared.settle(guard.key(), &Ok(()));
@@ -117,7 +146,7 @@ async fn bring(guard: &mut FlightGuard, layer: &Arc<LayerImage>) -> Result<(), T
         return Ok(());
     };
     let Ok(range) = ByteRange::new(first.blob.start(), last.blob.end()) else { return Ok(()) };
-    if range.is_empty() {
+    if range.is_empty() || !guard.advance() {
         return Ok(());
     }
     let mut incoming = Incoming::open(layer, range, attempt).await.map_err(|(error, again)| {
@@ -132,10 +161,10 @@ async fn bring(guard: &mut FlightGuard, layer: &Arc<LayerImage>) -> Result<(), T
     })?;
     while guard.next < end {
         let Some(chunk) = chunked.index.chunk(guard.next) else { return Ok(()) };
-        if !guard.shared.lock().queue.belongs(guard.key(), id) {
-            // The layer was closed, or somebody else brings the rest.
+        if !guard.advance() {
             return Ok(());
         }
+        guard.give_way().await;
         let permit = guard.shared.budget.take(chunk.blob.len(), cause).await;
         let stored = incoming.take(chunk.blob.len()).await.map_err(|error| match error {
             Gone::Source(source) => {

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -48,7 +49,7 @@ pub(super) struct Chunked {
     complete_below: AtomicU32,
     pub(super) verifying: AtomicBool,
     /// Fills that are not finished.
-    filling: AtomicU32,
+    pub(super) filling: AtomicU32,
 }
 
 /// What the diffID covers behind the image: the index at the end of a raw blob (specification, section 5.2).
@@ -162,22 +163,6 @@ impl LayerImage {
         }
     }
 
-    /// Fetches everything that is missing, behind everything else.
-    pub fn fill(self: &Arc<Self>, done: impl FnOnce(Result<(), Arc<FetchError>>) + Send + 'static) {
-        if let Body::Chunked(chunked) = &self.body {
-            chunked.filling.fetch_add(1, Ordering::Relaxed);
-        }
-        let layer = Arc::downgrade(self);
-        self.request(ByteRange::to(u64::MAX), Cause::Fill, move |result| {
-            if let Some(layer) = layer.upgrade()
-                && let Body::Chunked(chunked) = &layer.body
-            {
-                chunked.filling.fetch_sub(1, Ordering::Relaxed);
-            }
-            done(result);
-        });
-    }
-
     fn request_chunks(
         self: &Arc<Self>,
         chunked: &Chunked,
@@ -189,7 +174,7 @@ impl LayerImage {
             .intersection(ByteRange::to(chunked.index.image_size()))
             .map_or(0..0, |range| chunked.index.chunks_in(range));
         if cause.is_demand() {
-            wanted.clone().for_each(|chunk| self.reached(chunked, chunk));
+            self.reached(chunked, wanted.clone());
         }
         let missing: Vec<u32> = wanted.filter(|chunk| !self.has(chunked, *chunk)).collect();
         if missing.is_empty() {
@@ -205,7 +190,7 @@ impl LayerImage {
                 let key = Key { layer: self.id, chunk };
                 // Whoever lands a chunk marks it before it takes its entry away, so a chunk without either is missing.
                 if state.queue.knows(key) || !self.has(chunked, chunk) {
-                    state.queue.want(key, cause, Some(Arc::clone(&waiter)));
+                    state.want(key, cause, Some(Arc::clone(&waiter)));
                 } else {
                     here += 1;
                 }
@@ -220,15 +205,17 @@ impl LayerImage {
         chunked.file.is_present(chunk) || self.shared.spare.get(Key { layer: self.id, chunk }).is_some()
     }
 
-    /// A reader has reached `chunk`: for the first time it counts as needed and may give reason to read ahead.
-    fn reached(&self, chunked: &Chunked, chunk: u32) {
-        if !chunked.touch(chunk) {
-            return;
+    /// A reader has reached `chunks`. Those it is the first to reach count as needed and may give reason to read ahead.
+    fn reached(&self, chunked: &Chunked, chunks: Range<u32>) {
+        let mut fresh: Option<Range<u32>> = None;
+        for chunk in chunks.filter(|chunk| chunked.touch(*chunk)) {
+            add(&self.counting.needed, chunked.index.chunk(chunk).map_or(0, |chunk| chunk.blob.len()));
+            fresh = Some(fresh.map_or(chunk, |fresh| fresh.start)..chunk + 1);
         }
-        add(&self.counting.needed, chunked.index.chunk(chunk).map_or(0, |chunk| chunk.blob.len()));
+        let Some(fresh) = fresh else { return };
         let ahead = {
             let mut ahead = chunked.ahead.lock().unwrap_or_else(PoisonError::into_inner);
-            ahead.reached(chunk, chunked.index.len(), |chunk| chunked.chunk_size(chunk))
+            ahead.reached(fresh, chunked.index.len(), |chunk| chunked.chunk_size(chunk))
         };
         let Some(ahead) = ahead else { return };
         let missing: Vec<u32> = ahead.filter(|chunk| !self.has(chunked, *chunk)).collect();
@@ -238,7 +225,7 @@ impl LayerImage {
         {
             let mut state = self.shared.lock();
             for chunk in missing {
-                state.queue.want(Key { layer: self.id, chunk }, Cause::ReadAhead, None);
+                state.want(Key { layer: self.id, chunk }, Cause::ReadAhead, None);
             }
         }
         self.shared.pump();
@@ -314,8 +301,8 @@ impl LayerImage {
                 }
                 on_disk = false;
             }
-            self.reached(chunked, chunk);
         }
+        self.reached(chunked, wanted.clone());
         if on_disk {
             return read_file(&chunked.file, range, buf);
         }

@@ -20,6 +20,7 @@ mod cause;
 mod counters;
 mod cpu;
 mod error;
+mod fill;
 mod flight;
 mod land;
 mod layer;
@@ -66,7 +67,8 @@ pub struct FetchConfig {
     pub range: u64,
     /// Bytes that a sequential reader is kept ahead of at most; 0 never reads ahead.
     pub read_ahead: u64,
-    /// Bytes at the start of a blob that are fetched along with its index, since metadata is there; 0 fetches none.
+    /// Bytes at the start of a blob that are fetched along with its index, since metadata is there; 0 fetches none. A
+    /// blob of up to twice that size is fetched in one request.
     pub head: u64,
     /// Bytes of chunks kept in memory while the disk is full.
     pub spare: usize,

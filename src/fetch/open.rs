@@ -120,10 +120,18 @@ impl Opening<'_> {
         if location.range.len() > MAX_INDEX_SIZE {
             return Ok(None);
         }
-        let head = self.fetch_head(location.section.data_end.min(self.spec.blob_size));
-        let (section, head) = tokio::join!(self.fetch_section(location), head);
-        match section {
-            Ok((index, payload)) => Ok(Some(Found { index, payload, head })),
+        let section = async {
+            match self.fetch_small(location).await {
+                Some(found) => Ok(found),
+                None => {
+                    let head = self.fetch_head(location.section.data_end.min(self.spec.blob_size));
+                    let (section, head) = tokio::join!(self.fetch_section(location), head);
+                    section.map(|(index, payload)| Found { index, payload, head })
+                }
+            }
+        };
+        match section.await {
+            Ok(found) => Ok(Some(found)),
             Err(FetchError::Index { source: error @ IndexError::Unreadable(_), .. }) => {
                 let error: &dyn std::error::Error = &error;
                 tracing::warn!(%blob, error, "the layer is read from start to end");
@@ -131,6 +139,20 @@ impl Opening<'_> {
             }
             Err(error) => Err(error),
         }
+    }
+
+    /// A blob not much larger than the head is fetched with its index in one request. None if it is larger, or if the
+    /// bytes are not what they should be: the long way tells why.
+    async fn fetch_small(&self, location: &IndexLocation) -> Option<Found> {
+        let (spec, range) = (self.spec, location.range);
+        if location.blob != spec.blob || range.end() > spec.blob_size || range.end() > self.shared.config.head * 2 {
+            return None;
+        }
+        let mut bytes = self.collect(spec.blob, ByteRange::to(range.end()), 0).await.ok()?;
+        let section = bytes.split_off(usize::try_from(range.start()).ok()?);
+        let index = location.section.read(&section).ok()?;
+        let payload = location.section.payload(&section).ok()?.to_vec();
+        Some(Found { index, payload, head: bytes })
     }
 
     async fn fetch_section(&self, location: &IndexLocation) -> Result<(ChunkIndex, Vec<u8>), FetchError> {

@@ -46,6 +46,10 @@ enum Place {
     Flying { flight: u64 },
 }
 
+/// How far a chunk may be behind what its flight reads now before somebody who waits for it gets a request of his own:
+/// at 10 Mbit/s that many bytes take a quarter of a second, at 1 Gbit/s less than a round trip.
+pub(super) const PATIENCE_BYTES: u64 = 256 << 10;
+
 /// What the queue has to know about chunks to join them.
 pub(super) trait Layout {
     /// Where the chunk lies in its blob: start and end.
@@ -57,12 +61,14 @@ pub(super) trait Layout {
 pub(super) struct Queue<W> {
     entries: HashMap<Key, Entry<W>>,
     order: BTreeSet<(Cause, u64, Key)>,
+    /// Flights for what nobody waits for, with the chunk that each reads now.
+    background: HashMap<u64, u32>,
     next: u64,
 }
 
 impl<W> Queue<W> {
     pub(super) fn new() -> Self {
-        Self { entries: HashMap::new(), order: BTreeSet::new(), next: 0 }
+        Self { entries: HashMap::new(), order: BTreeSet::new(), background: HashMap::new(), next: 0 }
     }
 
     fn tick(&mut self) -> u64 {
@@ -70,19 +76,32 @@ impl<W> Queue<W> {
         self.next
     }
 
-    /// Adds a wish. A chunk that is queued for a lesser cause moves up. True if the chunk was not wanted before.
-    pub(super) fn want(&mut self, key: Key, cause: Cause, waiter: Option<W>) -> bool {
+    /// Adds a wish. A chunk that is queued for a lesser cause moves up; one that travels far behind in a background
+    /// flight is queued again for whoever waits for it now. True if the chunk was not wanted before.
+    pub(super) fn want(&mut self, layout: &impl Layout, key: Key, cause: Cause, waiter: Option<W>) -> bool {
         let seq = self.tick();
         if let Some(entry) = self.entries.get_mut(&key) {
-            if cause < entry.cause {
-                if let Place::Queued { seq: old } = entry.place {
+            entry.waiters.extend(waiter);
+            if cause >= entry.cause {
+                return false;
+            }
+            match entry.place {
+                Place::Queued { seq: old } => {
                     self.order.remove(&(entry.cause, old, key));
                     self.order.insert((cause, seq, key));
                     entry.place = Place::Queued { seq };
                 }
-                entry.cause = cause;
+                Place::Flying { flight } if cause.is_demand() => {
+                    let start = |chunk| layout.blob_range(Key { chunk, ..key }).map(|(start, _)| start);
+                    let now = self.background.get(&flight).and_then(|now| start(*now));
+                    if now.zip(start(key.chunk)).is_some_and(|(now, then)| then.saturating_sub(now) > PATIENCE_BYTES) {
+                        self.order.insert((cause, seq, key));
+                        entry.place = Place::Queued { seq };
+                    }
+                }
+                Place::Flying { .. } => {}
             }
-            entry.waiters.extend(waiter);
+            entry.cause = cause;
             return false;
         }
         let place = Place::Queued { seq };
@@ -146,12 +165,49 @@ impl<W> Queue<W> {
                 entry.place = Place::Flying { flight: id };
             }
         }
+        if !cause.is_demand() {
+            self.background.insert(id, first);
+        }
         Some(Flight { id, layer: key.layer, first, end, cause, attempt })
     }
 
     /// True if `key` is still to be brought by `flight`.
     pub(super) fn belongs(&self, key: Key, flight: u64) -> bool {
         self.entries.get(&key).is_some_and(|entry| entry.place == Place::Flying { flight })
+    }
+
+    /// Takes note that `flight` reads `chunk` now. False if it should not: somebody else brings that chunk.
+    pub(super) fn advance(&mut self, flight: &Flight, chunk: u32) -> bool {
+        if let Some(now) = self.background.get_mut(&flight.id) {
+            *now = chunk;
+        }
+        self.belongs(Key { layer: flight.layer, chunk }, flight.id)
+    }
+
+    /// True if somebody waits for one of the chunks from `next` on that `flight` still brings.
+    pub(super) fn is_awaited(&self, flight: &Flight, next: u32) -> bool {
+        (next..flight.end).any(|chunk| {
+            let entry = self.entries.get(&Key { layer: flight.layer, chunk });
+            entry.is_some_and(|entry| entry.place == Place::Flying { flight: flight.id } && entry.cause.is_demand())
+        })
+    }
+
+    /// `flight` ends before it has brought the chunks from `next` on: those that were left to it are queued again.
+    pub(super) fn requeue(&mut self, flight: &Flight, next: u32) {
+        for chunk in next..flight.end {
+            let (seq, key) = (self.tick(), Key { layer: flight.layer, chunk });
+            if let Some(entry) = self.entries.get_mut(&key)
+                && entry.place == (Place::Flying { flight: flight.id })
+            {
+                entry.place = Place::Queued { seq };
+                self.order.insert((entry.cause, seq, key));
+            }
+        }
+    }
+
+    /// `flight` is over.
+    pub(super) fn landed(&mut self, flight: &Flight) {
+        self.background.remove(&flight.id);
     }
 
     /// The chunk is there, or will not come: gives back who waits for it.
@@ -216,7 +272,7 @@ mod tests {
         for (chunk, cause) in
             [(10, Cause::Fill), (20, Cause::Read), (30, Cause::ReadAhead), (40, Cause::Read), (50, Cause::Metadata)]
         {
-            assert!(queue.want(key(chunk), cause, None));
+            assert!(queue.want(&Tens, key(chunk), cause, None));
         }
         let order: Vec<u32> = std::iter::from_fn(|| take(&mut queue, 10)).map(|(first, ..)| first).collect();
         assert_eq!(order, [20, 40, 50, 30, 10]);
@@ -225,11 +281,11 @@ mod tests {
     #[test]
     fn a_wish_moves_a_queued_chunk_up_and_joins_a_flying_one() {
         let mut queue = Queue::new();
-        queue.want(key(1), Cause::Read, Some(1));
-        queue.want(key(5), Cause::Fill, Some(2));
-        assert!(!queue.want(key(5), Cause::Read, Some(3)));
+        queue.want(&Tens, key(1), Cause::Read, Some(1));
+        queue.want(&Tens, key(5), Cause::Fill, Some(2));
+        assert!(!queue.want(&Tens, key(5), Cause::Read, Some(3)));
         assert_eq!(take(&mut queue, 10), Some((1, 2, Cause::Read)));
-        assert!(!queue.want(key(1), Cause::Fill, Some(4)));
+        assert!(!queue.want(&Tens, key(1), Cause::Fill, Some(4)));
         assert_eq!(take(&mut queue, 10), Some((5, 6, Cause::Read)));
         assert_eq!(take(&mut queue, 10), None);
         assert_eq!(queue.settle(key(1)), [1, 4]);
@@ -242,13 +298,13 @@ mod tests {
     fn neighbours_travel_together_up_to_the_limit() {
         let mut queue = Queue::new();
         for chunk in [3, 4, 5, 6, 7, 8, 11] {
-            queue.want(key(chunk), Cause::Read, Some(chunk));
+            queue.want(&Tens, key(chunk), Cause::Read, Some(chunk));
         }
         assert_eq!(take(&mut queue, 40), Some((3, 7, Cause::Read)));
         assert_eq!(take(&mut queue, 40), Some((7, 9, Cause::Read)));
         assert_eq!(take(&mut queue, 40), Some((11, 12, Cause::Read)));
-        queue.want(key(99), Cause::Read, None);
-        queue.want(key(100), Cause::Read, None);
+        queue.want(&Tens, key(99), Cause::Read, None);
+        queue.want(&Tens, key(100), Cause::Read, None);
         assert_eq!(take(&mut queue, 1000), Some((99, 100, Cause::Read)), "joined over a gap");
         assert_eq!(take(&mut queue, 1), Some((100, 101, Cause::Read)), "a chunk above the limit never leaves");
     }
@@ -257,11 +313,11 @@ mod tests {
     fn the_less_urgent_never_delays_the_more_urgent() {
         let mut queue = Queue::<u32>::new();
         for chunk in 0..3 {
-            queue.want(key(chunk), Cause::ReadAhead, None);
+            queue.want(&Tens, key(chunk), Cause::ReadAhead, None);
         }
-        queue.want(key(3), Cause::Read, None);
-        queue.want(key(4), Cause::ReadAhead, None);
-        queue.want(key(5), Cause::Fill, None);
+        queue.want(&Tens, key(3), Cause::Read, None);
+        queue.want(&Tens, key(4), Cause::ReadAhead, None);
+        queue.want(&Tens, key(5), Cause::Fill, None);
         assert_eq!(take(&mut queue, 1000), Some((3, 5, Cause::Read)));
         assert_eq!(take(&mut queue, 1000), Some((0, 3, Cause::ReadAhead)));
         assert_eq!(take(&mut queue, 1000), Some((5, 6, Cause::Fill)));
@@ -271,16 +327,61 @@ mod tests {
     fn as_urgent_ones_before_join() {
         let mut queue = Queue::<u32>::new();
         for chunk in [12, 11, 10] {
-            queue.want(key(chunk), Cause::Read, None);
+            queue.want(&Tens, key(chunk), Cause::Read, None);
         }
         assert_eq!(take(&mut queue, 1000), Some((10, 13, Cause::Read)));
+    }
+
+    /// Chunks of 100 KiB.
+    struct Large;
+
+    impl Layout for Large {
+        fn blob_range(&self, key: Key) -> Option<(u64, u64)> {
+            Some((u64::from(key.chunk) * 102_400, u64::from(key.chunk + 1) * 102_400))
+        }
+    }
+
+    #[test]
+    fn whoever_waits_does_not_wait_for_a_long_background_flight() {
+        let mut queue = Queue::new();
+        for chunk in 0..10 {
+            queue.want(&Large, key(chunk), Cause::Fill, Some(chunk));
+        }
+        let long = queue.take_flight(&Large, |_| u64::MAX).unwrap();
+        assert_eq!((long.first, long.end), (0, 10));
+        assert!(queue.advance(&long, 3));
+        assert!(!queue.is_awaited(&long, 3));
+        queue.want(&Large, key(5), Cause::Read, Some(50));
+        assert!(queue.is_awaited(&long, 3), "a chunk that comes soon is waited for");
+        assert_eq!(queue.most_urgent(), None);
+        queue.want(&Large, key(7), Cause::Read, Some(70));
+        let own = queue.take_flight(&Large, |_| u64::MAX).unwrap();
+        assert_eq!((own.first, own.end, own.cause), (7, 8, Cause::Read));
+        assert!(queue.advance(&long, 6));
+        assert!(!queue.advance(&long, 7), "brings what somebody else brings");
+        queue.requeue(&long, 7);
+        queue.landed(&long);
+        let rest = queue.take_flight(&Large, |_| u64::MAX).unwrap();
+        assert_eq!((rest.first, rest.end, rest.cause), (8, 10, Cause::Fill));
+        assert_eq!(queue.settle(key(7)), [7, 70]);
+    }
+
+    #[test]
+    fn whoever_waits_never_takes_chunks_from_another_who_waits() {
+        let mut queue = Queue::<u32>::new();
+        for chunk in 0..10 {
+            queue.want(&Large, key(chunk), Cause::Metadata, None);
+        }
+        let flight = queue.take_flight(&Large, |_| u64::MAX).unwrap();
+        queue.want(&Large, key(9), Cause::Read, None);
+        assert!(queue.belongs(key(9), flight.id));
     }
 
     #[test]
     fn layers_are_not_mixed() {
         let mut queue = Queue::<u32>::new();
-        queue.want(Key { layer: 1, chunk: 1 }, Cause::Read, None);
-        queue.want(Key { layer: 2, chunk: 2 }, Cause::Read, None);
+        queue.want(&Tens, Key { layer: 1, chunk: 1 }, Cause::Read, None);
+        queue.want(&Tens, Key { layer: 2, chunk: 2 }, Cause::Read, None);
         assert_eq!(take(&mut queue, 1000), Some((1, 2, Cause::Read)));
         assert_eq!((queue.wanted(1), queue.wanted(2), queue.wanted(3)), (1, 1, 0));
     }
@@ -289,13 +390,13 @@ mod tests {
     fn a_second_attempt_travels_alone_and_is_the_last() {
         let mut queue = Queue::new();
         for chunk in 1..4 {
-            queue.want(key(chunk), Cause::Read, Some(chunk));
+            queue.want(&Tens, key(chunk), Cause::Read, Some(chunk));
         }
         let flight = queue.take_flight(&Tens, |_| 1000).unwrap();
         assert!(queue.belongs(key(2), flight.id));
         assert!(queue.again(key(2), 2));
         assert!(!queue.belongs(key(2), flight.id));
-        queue.want(key(4), Cause::Read, None);
+        queue.want(&Tens, key(4), Cause::Read, None);
         let second = queue.take_flight(&Tens, |_| 1000).unwrap();
         assert_eq!((second.first, second.end, second.attempt), (2, 3, 1));
         assert!(!queue.again(key(2), 2), "a third attempt");

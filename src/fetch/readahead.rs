@@ -33,14 +33,20 @@ impl ReadAhead {
         Self { max_window, streams: Vec::new(), clock: 0 }
     }
 
-    /// A reader has reached `chunk`, one of `chunks`, for the first time. Gives the chunks that are worth fetching now.
-    pub(super) fn reached(&mut self, chunk: u32, chunks: u32, size_of: impl Fn(u32) -> u64) -> Option<Range<u32>> {
+    /// A reader has reached chunks of a layer of `chunks` for the first time, in one read. Gives those that are worth
+    /// fetching now.
+    pub(super) fn reached(
+        &mut self,
+        read: Range<u32>,
+        chunks: u32,
+        size_of: impl Fn(u32) -> u64,
+    ) -> Option<Range<u32>> {
         if self.max_window == 0 {
             return None;
         }
         self.clock += 1;
-        let (clock, after) = (self.clock, chunk.saturating_add(1));
-        let goes_on = |stream: &&mut Stream| (stream.next..=stream.ahead.max(stream.next)).contains(&chunk);
+        let (clock, after) = (self.clock, read.end);
+        let goes_on = |stream: &&mut Stream| (stream.next..=stream.ahead.max(stream.next)).contains(&read.start);
         let Some(stream) = self.streams.iter_mut().find(goes_on) else {
             let fresh = Stream { next: after, ahead: after, window: 0, used: clock };
             if self.streams.len() < STREAMS {
@@ -75,7 +81,7 @@ mod tests {
     const MIB: u64 = 1 << 20;
 
     fn reach(ahead: &mut ReadAhead, chunk: u32) -> Option<Range<u32>> {
-        ahead.reached(chunk, 1000, |_| MIB)
+        ahead.reached(chunk..chunk + 1, 1000, |_| MIB)
     }
 
     #[test]
@@ -114,11 +120,18 @@ mod tests {
     }
 
     #[test]
+    fn one_large_read_is_no_stream_but_two_are() {
+        let mut ahead = ReadAhead::new(8 * MIB);
+        assert_eq!(ahead.reached(10..30, 1000, |_| MIB / 64), None);
+        assert_eq!(ahead.reached(30..34, 1000, |_| MIB / 64), Some(34..98));
+    }
+
+    #[test]
     fn the_end_is_the_end() {
         let mut ahead = ReadAhead::new(8 * MIB);
-        assert_eq!(ahead.reached(7, 10, |_| MIB / 4), None);
-        assert_eq!(ahead.reached(8, 10, |_| MIB / 4), Some(9..10));
-        assert_eq!(ahead.reached(9, 10, |_| MIB / 4), None);
+        assert_eq!(ahead.reached(7..8, 10, |_| MIB / 4), None);
+        assert_eq!(ahead.reached(8..9, 10, |_| MIB / 4), Some(9..10));
+        assert_eq!(ahead.reached(9..10, 10, |_| MIB / 4), None);
     }
 
     #[test]

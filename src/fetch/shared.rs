@@ -7,12 +7,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use tokio::runtime::Handle;
+use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::budget::Budget;
 use super::cpu::Cpu;
 use super::flight::{self, FlightGuard};
-use super::queue::{Key, LayerId, Layout, Queue};
+use super::queue::{Flight, Key, LayerId, Layout, Queue};
 use super::spare::Spare;
 use super::waiter::Waiter;
 use super::{Cause, FetchConfig, FetchError, LayerImage};
@@ -33,12 +34,21 @@ pub(super) struct Shared {
     pub(super) spare: Spare,
     state: Mutex<State>,
     next_layer: AtomicU32,
+    /// How many flights somebody waits for.
+    pub(super) demand: watch::Sender<usize>,
 }
 
 pub(super) struct State {
     pub(super) queue: Queue<Arc<Waiter>>,
     layers: Layers,
     running: Running,
+}
+
+impl State {
+    /// Adds a wish.
+    pub(super) fn want(&mut self, key: Key, cause: Cause, waiter: Option<Arc<Waiter>>) {
+        self.queue.want(&self.layers, key, cause, waiter);
+    }
 }
 
 #[derive(Default)]
@@ -76,6 +86,7 @@ impl Shared {
             spare: Spare::new(config.spare),
             state: Mutex::new(State { queue: Queue::new(), layers: Layers::default(), running: Running::default() }),
             next_layer: AtomicU32::new(0),
+            demand: watch::Sender::new(0),
             runtime,
         });
         shared.runtime.spawn(sweep(Arc::downgrade(&shared)));
@@ -122,6 +133,7 @@ impl Shared {
                 let Some(flight) = queue.take_flight(layers, |_| self.config.range) else { break };
                 running.all += 1;
                 running.background += usize::from(!flight.cause.is_demand());
+                self.demand.send_replace(running.all - running.background);
                 let layer = layers.0.get(&flight.layer).map(|(_, layer)| Weak::clone(layer)).unwrap_or_default();
                 flights.push((flight, layer));
             }
@@ -133,10 +145,12 @@ impl Shared {
     }
 
     /// A flight is over.
-    pub(super) fn landed(&self, cause: Cause) {
+    pub(super) fn landed(&self, flight: &Flight) {
         let mut state = self.lock();
+        state.queue.landed(flight);
         state.running.all -= 1;
-        state.running.background -= usize::from(!cause.is_demand());
+        state.running.background -= usize::from(!flight.cause.is_demand());
+        self.demand.send_replace(state.running.all - state.running.background);
     }
 
     /// Answers whoever waits for `key`.

@@ -9,7 +9,8 @@ use tokio::time::Instant;
 use super::FetchError;
 use crate::model::{BlobDigest, ByteRange};
 
-type Done = Box<dyn FnOnce(Result<(), Arc<FetchError>>) + Send>;
+/// What is called with the answer.
+pub(super) type Done = Box<dyn FnOnce(Result<(), Arc<FetchError>>) + Send>;
 
 /// Somebody who waits for a number of chunks.
 pub(super) struct Waiter {

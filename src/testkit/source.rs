@@ -359,6 +359,7 @@ impl TestLayer {
         location.section.digest = Some(IndexDigest(digest));
         self.spec.blob = BlobDigest(Digest::of(Algorithm::Sha256, &self.bytes));
         self.spec.blob_size = self.bytes.len() as u64;
+        self.spec.diff_id = DiffId(Digest::of(Algorithm::Sha256, &self.image));
         (self, payload)
     }
 

@@ -145,6 +145,22 @@ pub fn check<R: ReadAt>(image: &Image<R>) -> Result<Report, Error> {
     Ok(checker.report)
 }
 
+/// How many more bytes of structures can lie in an image, since no two of them share bytes. Whoever reads structures of
+/// many inodes takes them off, and is done at last even if they all lie over each other.
+pub(crate) struct Budget(u64);
+
+impl Budget {
+    pub(crate) fn of<R: ReadAt>(image: &Image<R>) -> Self {
+        Self(image.total_size())
+    }
+
+    /// Takes off `amount` bytes that `inode` says it has.
+    pub(crate) fn spend(&mut self, inode: &Inode, amount: u64) -> Result<(), Error> {
+        self.0 = self.0.checked_sub(amount).ok_or_else(|| inode.corrupt(Defect::Overfull { amount, left: self.0 }))?;
+        Ok(())
+    }
+}
+
 /// A name in the tree, by its parent: paths are only put together for findings, since a deep tree's paths are
 /// quadratic in its size.
 struct Step {
@@ -200,8 +216,7 @@ struct Checker<'a, R> {
     shared: HashSet<u32>,
     /// Files whose chunks are looked at in the end, when all other claims are known.
     chunked: Vec<Inode>,
-    /// How many more bytes of structures can lie in an image of this size, since no two share bytes.
-    budget: u64,
+    budget: Budget,
 }
 
 impl<'a, R: ReadAt> Checker<'a, R> {
@@ -214,7 +229,7 @@ impl<'a, R: ReadAt> Checker<'a, R> {
             claims: Vec::new(),
             shared: HashSet::new(),
             chunked: Vec::new(),
-            budget: image.total_size(),
+            budget: Budget::of(image),
         }
     }
 
@@ -339,15 +354,9 @@ impl<'a, R: ReadAt> Checker<'a, R> {
         Ok(Some(inode))
     }
 
-    /// Takes the bytes of a structure off the budget.
-    fn spend(&mut self, inode: &Inode, amount: u64) -> Result<(), Error> {
-        self.budget = self.budget.checked_sub(amount).ok_or_else(|| inode.corrupt(Defect::Size(amount)))?;
-        Ok(())
-    }
-
     fn target(&mut self, inode: &Inode) -> Result<(), Error> {
         if inode.attributes.kind == FileKind::Symlink {
-            self.spend(inode, inode.attributes.size)?;
+            self.budget.spend(inode, inode.attributes.size)?;
             self.image.read_link(inode)?;
         }
         Ok(())
@@ -362,7 +371,7 @@ impl<'a, R: ReadAt> Checker<'a, R> {
             if range.end() > size {
                 return Err(inode.corrupt(Defect::OutOfBounds { range, size }));
             }
-            self.spend(inode, len)?;
+            self.budget.spend(inode, len)?;
             self.claim(0, table, len, Owner::Inode(inode.nid));
             self.chunked.push(*inode);
             return Ok(());
@@ -386,7 +395,7 @@ impl<'a, R: ReadAt> Checker<'a, R> {
     }
 
     fn xattrs(&mut self, inode: &Inode) -> Result<(), Error> {
-        self.spend(inode, inode.xattr_size.into())?;
+        self.budget.spend(inode, inode.xattr_size.into())?;
         let Some(area) = self.image.xattr_area(inode)? else { return Ok(()) };
         let ignore = &mut |_: &[u8], _: &[u8]| ControlFlow::Continue(());
         let _more = self.image.visit_inline_xattrs(inode, &area, ignore)?;
@@ -394,7 +403,7 @@ impl<'a, R: ReadAt> Checker<'a, R> {
             // Each only once: many inodes share one.
             if self.shared.insert(id) {
                 let range = self.image.visit_shared_xattr(inode, id, ignore)?.1;
-                self.spend(inode, range.len())?;
+                self.budget.spend(inode, range.len())?;
                 self.claim(0, range.start(), range.len(), Owner::SharedXattr(id));
             }
         }
@@ -411,10 +420,11 @@ impl<'a, R: ReadAt> Checker<'a, R> {
     ) -> Result<(), Error> {
         let nid = directory.nid;
         let blocks = self.image.dir_blocks(directory);
-        let blocks = match blocks.and_then(|blocks| self.spend(directory, directory.attributes.size).map(|()| blocks)) {
-            Ok(blocks) => blocks,
-            Err(error) => return self.failed(step, nid, error),
-        };
+        let blocks =
+            match blocks.and_then(|blocks| self.budget.spend(directory, directory.attributes.size).map(|()| blocks)) {
+                Ok(blocks) => blocks,
+                Err(error) => return self.failed(step, nid, error),
+            };
         let mut dots = [directory.omits_dot(), false];
         let mut last: Vec<u8> = Vec::new();
         let mut subdirectories = 0_u64;

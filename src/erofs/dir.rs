@@ -175,19 +175,8 @@ impl<R: ReadAt> Image<R> {
         if from >= blocks {
             return Ok(DirPage { entries: Vec::new(), next: None });
         }
-        let block = self.dir_block(directory, from)?;
-        let mut entries = Vec::with_capacity(block.count);
-        let mut last: Option<&[u8]> = None;
-        for raw in block.entries() {
-            let raw = raw?;
-            if last.is_some_and(|last| last >= raw.name) {
-                return Err(unsorted(directory, raw.name));
-            }
-            last = Some(raw.name);
-            if raw.dot().is_none() {
-                entries.push(directory.entry(&raw)?);
-            }
-        }
+        let mut entries = Vec::new();
+        self.collect(directory, from, &mut Vec::new(), &mut entries)?;
         Ok(DirPage { entries, next: (from + 1 < blocks).then_some(from + 1) })
     }
 
@@ -196,21 +185,39 @@ impl<R: ReadAt> Image<R> {
     /// # Errors
     /// As [`Image::read_dir`].
     pub fn entries(&self, directory: &Inode) -> Result<Vec<DirEntry>, Error> {
-        let mut all: Vec<DirEntry> = Vec::new();
-        let mut from = Some(0);
-        while let Some(page) = from {
-            let page = self.read_dir(directory, page)?;
-            // Order across pages also bounds the whole: a directory whose blocks are the same bytes again and again
+        let (mut last, mut entries) = (Vec::new(), Vec::new());
+        for number in 0..self.dir_blocks(directory)? {
+            // Order across blocks also bounds the whole: a directory whose blocks are the same bytes again and again
             // ends here.
-            if let (Some(last), Some(first)) = (all.last(), page.entries.first())
-                && last.name >= first.name
-            {
-                return Err(unsorted(directory, first.name.as_bytes()));
-            }
-            all.extend(page.entries);
-            from = page.next;
+            self.collect(directory, number, &mut last, &mut entries)?;
         }
-        Ok(all)
+        Ok(entries)
+    }
+
+    /// Adds the entries of one block to `entries`. Every name, the dots included, must be greater than `last`, which
+    /// becomes the last one of the block.
+    fn collect(
+        &self,
+        directory: &Inode,
+        number: u64,
+        last: &mut Vec<u8>,
+        entries: &mut Vec<DirEntry>,
+    ) -> Result<(), Error> {
+        let block = self.dir_block(directory, number)?;
+        entries.reserve(block.count);
+        let mut before = &**last;
+        for raw in block.entries() {
+            let raw = raw?;
+            if raw.name <= before {
+                return Err(unsorted(directory, raw.name));
+            }
+            before = raw.name;
+            if raw.dot().is_none() {
+                entries.push(directory.entry(&raw)?);
+            }
+        }
+        *last = before.to_owned();
+        Ok(())
     }
 
     /// How many blocks a directory has.
@@ -234,6 +241,6 @@ impl<R: ReadAt> Image<R> {
     }
 }
 
-pub(crate) fn unsorted(directory: &Inode, name: &[u8]) -> Error {
+fn unsorted(directory: &Inode, name: &[u8]) -> Error {
     directory.corrupt(Defect::Unsorted(String::from_utf8_lossy(name).into_owned()))
 }

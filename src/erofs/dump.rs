@@ -4,12 +4,14 @@
 use std::collections::HashSet;
 use std::io::{self, Write};
 
+use super::check::Budget;
+use super::inode::Data;
 use super::ondisk::{self, compat, incompat};
 use super::{DataLayout, Error, ExtentSource, Image, Inode, Nid};
 use crate::model::{ByteRange, DeviceNumber, FileKind, ReadAt};
 
 /// Directories whose path is longer are not entered: a chain of directories would make a text of quadratic size.
-const MAX_PATH: usize = 1 << 16;
+const MAX_PATH: usize = 4096;
 
 /// Why an image could not be dumped.
 #[derive(Debug, thiserror::Error)]
@@ -30,6 +32,7 @@ pub enum DumpError {
 pub fn dump<R: ReadAt>(image: &Image<R>, out: &mut dyn Write) -> Result<(), DumpError> {
     superblock(image, out)?;
     let mut told: HashSet<Nid> = HashSet::new();
+    let mut budget = Budget::of(image);
     let mut left = vec![(Vec::new(), image.root())];
     while let Some((path, nid)) = left.pop() {
         write!(out, "{} nid={nid}", shown(if path.is_empty() { b"/" } else { &path }))?;
@@ -38,8 +41,13 @@ pub fn dump<R: ReadAt>(image: &Image<R>, out: &mut dyn Write) -> Result<(), Dump
             continue;
         }
         let inode = image.inode(nid)?;
+        budget.spend(&inode, inode.xattr_size.into())?;
+        if let Data::Chunks(format) = inode.data {
+            budget.spend(&inode, image.chunk_table(&inode, format).map_or(u64::MAX, |(_, len)| len))?;
+        }
         file(image, &inode, out)?;
         if inode.attributes().kind == FileKind::Directory && path.len() < MAX_PATH {
+            budget.spend(&inode, inode.attributes().size)?;
             let children = image.entries(&inode)?;
             let children = children.iter().rev();
             left.extend(children.map(|child| ([&path, &b"/"[..], child.name.as_bytes()].concat(), child.nid)));

@@ -40,6 +40,14 @@ pub enum Defect {
     /// A mode whose type is none.
     #[error("mode {0:#o} has no file type")]
     Mode(u16),
+    /// Structures that cannot lie beside each other in the image.
+    #[error("{amount} bytes do not fit beside what was read before: {left} bytes of the image are left for it")]
+    Overfull {
+        /// How many bytes a structure claims.
+        amount: u64,
+        /// How many nobody has claimed.
+        left: u64,
+    },
     /// Nanoseconds of a second or more.
     #[error("a time has {0} nanoseconds")]
     Nanoseconds(u32),

@@ -1,5 +1,6 @@
 //! What the tests of several rooms share: generators, faulty peers, judges.
 
+pub mod abuse;
 pub mod images;
 pub mod layers;
 pub mod layouts;

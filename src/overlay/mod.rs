@@ -210,13 +210,18 @@ impl<V: LayerView> Overlay<V> {
     /// # Errors
     /// The topmost layer could not be read.
     pub fn root(&self) -> Result<Found, Error<V::Error>> {
-        let mut parts = self.roots(u16::MAX);
+        let mut parts = self.root_parts();
         let node = parts.remove(0);
         let mut attributes = self.attributes(node)?;
         if !parts.is_empty() {
             attributes.nlink = 1;
         }
         Ok(Found { node, attributes, below: parts })
+    }
+
+    /// All parts of the root, topmost first.
+    pub fn root_parts(&self) -> Vec<NodeId> {
+        self.roots(u16::MAX)
     }
 
     /// The attributes of a file in its layer: for a merged directory all but the link count.

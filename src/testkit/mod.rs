@@ -4,6 +4,7 @@ pub mod abuse;
 pub mod images;
 pub mod layers;
 pub mod layouts;
+pub mod lazy;
 pub mod registry;
 pub mod source;
 pub mod tar;

@@ -46,6 +46,8 @@ pub enum Content {
     Target(Vec<u8>),
     /// A regular file's bytes: how many, and their SHA-256.
     Bytes(u64, Digest),
+    /// Nothing, not even `stat`: this errno.
+    Refused(i32),
 }
 
 /// A tree: path without leading slash -> file. The root's path is empty.
@@ -62,6 +64,20 @@ impl Listing {
     /// # Errors
     /// With the path that could not be read.
     pub fn of_directory(root: &Path) -> anyhow::Result<Self> {
+        Self::walk(root, false)
+    }
+
+    /// Walks a directory that may hold what cannot be used: a name that is listed but does not exist is left out (so
+    /// overlayfs shows the whiteouts of unmerged directories), any other name that `stat` refuses is
+    /// [`Content::Refused`].
+    ///
+    /// # Errors
+    /// With the path that could not be read.
+    pub fn of_overlay(root: &Path) -> anyhow::Result<Self> {
+        Self::walk(root, true)
+    }
+
+    fn walk(root: &Path, refusals: bool) -> anyhow::Result<Self> {
         let mut listing = Self::default();
         let mut files: BTreeMap<Vec<u8>, (u64, u64)> = BTreeMap::new();
         let mut left: Vec<(Vec<u8>, Option<FileKind>)> = vec![(Vec::new(), Some(FileKind::Directory))];
@@ -71,7 +87,17 @@ impl Listing {
             } else {
                 root.join(Path::new(std::ffi::OsStr::from_bytes(&path)))
             };
-            let (attributes, identity) = stat(&full).with_context(|| format!("cannot stat {}", full.display()))?;
+            let (attributes, identity) = match stat(&full) {
+                Err(error) if refusals => {
+                    let errno = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error);
+                    let errno = errno.with_context(|| format!("cannot stat {}", full.display()))?;
+                    if errno != libc::ENOENT {
+                        listing.nodes.insert(path.clone(), Node::refused(path, listed_as, errno));
+                    }
+                    continue;
+                }
+                other => other.with_context(|| format!("cannot stat {}", full.display()))?,
+            };
             let xattrs =
                 xattrs_of(&full).with_context(|| format!("cannot read the attributes of {}", full.display()))?;
             let content =
@@ -209,6 +235,25 @@ impl Listing {
 }
 
 impl Node {
+    fn refused(path: Vec<u8>, listed_as: Option<FileKind>, errno: i32) -> Self {
+        Self {
+            attributes: Attributes {
+                kind: listed_as.unwrap_or(FileKind::Regular),
+                permissions: 0,
+                uid: 0,
+                gid: 0,
+                mtime: Timestamp::default(),
+                nlink: 0,
+                size: 0,
+                rdev: DeviceNumber::default(),
+            },
+            listed_as,
+            same_file_as: path,
+            xattrs: Vec::new(),
+            content: Content::Refused(errno),
+        }
+    }
+
     /// The file in one line of text.
     pub fn line(&self) -> String {
         let Attributes { kind, uid, gid, mtime, nlink, size, rdev, .. } = self.attributes;
@@ -226,6 +271,9 @@ impl Node {
             }
             Content::Bytes(len, digest) => {
                 let _ = write!(line, " {len} bytes {digest}");
+            }
+            Content::Refused(errno) => {
+                let _ = write!(line, " errno {errno}");
             }
         }
         let _ = write!(line, " same as {:?}", String::from_utf8_lossy(&self.same_file_as));

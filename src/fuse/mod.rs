@@ -1,1 +1,235 @@
 //! The kernel's FUSE protocol, translated.
+//!
+//! [`serve`] mounts a [`Vfs`] and answers the kernel until it is unmounted, by whomever. The threads that read requests
+//! never wait for bytes: what is local is answered at once, everything else leaves its reply in a ticket and is
+//! answered by whoever brings the bytes, or refused with EIO after a deadline. So listing a directory never queues
+//! behind a download, and no number of waiting reads uses up the threads.
+//!
+//! The kernel is told to believe everything for ever (names, also those that do not exist; attributes; pages;
+//! listings; link targets), because nothing in an image changes.
+//!
+//! It refuses to know where bytes come from ([`Bring`]).
+
+mod adapter;
+mod attr;
+mod errno;
+mod requests;
+mod tickets;
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::sys::fuse::{FuseMountOptions, mount_fuse, set_read_ahead};
+use crate::sys::mount::{MountError, Unmount, check_mount_point, unmount};
+use crate::vfs::{Bring, Vfs};
+
+use adapter::{Adapter, Connection};
+use tickets::Deadlines;
+
+pub use errno::Failure;
+
+/// How far the kernel reads ahead, in KiB, if root says so: the largest read there is. With the default of 128, reading
+/// a whole image takes about twice as long.
+const READ_AHEAD_KIB: u32 = 1024;
+
+/// How a file system is served.
+#[derive(Debug, Clone)]
+pub struct ServeOptions {
+    /// What the mount table shows as source: the image's name.
+    pub source: String,
+    /// Other users may use the mount.
+    pub allow_other: bool,
+    /// The kernel checks owners, modes and POSIX ACLs. Without it everybody who may use the mount may read all of it.
+    pub default_permissions: bool,
+    /// Threads that read requests.
+    pub threads: usize,
+    /// How long a request may wait for bytes before it is refused with EIO.
+    pub patience: Duration,
+}
+
+impl ServeOptions {
+    /// What fits the user this process runs as: root serves everybody and lets the kernel check permissions, as for a
+    /// container's root file system; anybody else serves themselves alone, and may read all that they could have
+    /// downloaded anyway.
+    pub fn for_this_user(source: impl Into<String>) -> Self {
+        let is_root = rustix::process::geteuid().is_root();
+        Self {
+            source: source.into(),
+            allow_other: is_root,
+            default_permissions: is_root,
+            // Requests are short and do not wait: two processors are kept busy by two, and a third answers while both
+            // copy 1 MiB each.
+            threads: thread::available_parallelism().map_or(2, usize::from).clamp(2, 8) + 1,
+            patience: Duration::from_secs(120),
+        }
+    }
+}
+
+/// Why a file system could not be served.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// It could not be mounted.
+    #[error(transparent)]
+    Mount(#[from] MountError),
+    /// The kernel and this program did not agree.
+    #[error("cannot start the FUSE session on {mount_point}", mount_point = mount_point.display())]
+    Session {
+        /// Where.
+        mount_point: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A file system being served. Dropping it unmounts (lazily: files that are open stay usable until they are closed or
+/// the process ends).
+pub struct Server {
+    mount_point: PathBuf,
+    end: Arc<End>,
+    waiting: Box<dyn Fn() -> usize + Send + Sync>,
+}
+
+impl fmt::Debug for Server {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Server").field("mount_point", &self.mount_point).field("ended", &self.is_over()).finish()
+    }
+}
+
+/// Mounts `vfs` on the directory `mount_point` and serves it. The mount is usable when this returns.
+///
+/// # Errors
+/// See [`ServeError`]; nothing is mounted then.
+pub fn serve<R: Bring>(vfs: Vfs<R>, mount_point: &Path, options: &ServeOptions) -> Result<Server, ServeError> {
+    let mount_point = check_mount_point(mount_point)?;
+    let failed = |source| ServeError::Session { mount_point: mount_point.clone(), source };
+    let deadlines = Deadlines::start().map_err(failed)?;
+    let acl = options.default_permissions && vfs.may_have_xattrs();
+    let connection = Arc::new(Connection { vfs, deadlines, patience: options.patience });
+    let device = mount_fuse(
+        &mount_point,
+        &FuseMountOptions {
+            source: options.source.clone(),
+            allow_other: options.allow_other,
+            default_permissions: options.default_permissions,
+        },
+    )?;
+    let end = Arc::new(End::default());
+    let waiting = {
+        let connection = Arc::clone(&connection);
+        Box::new(move || connection.deadlines.waiting())
+    };
+    // From here on dropping it unmounts.
+    let server = Server { mount_point: mount_point.clone(), end: Arc::clone(&end), waiting };
+    let mut config = fuser::Config::default();
+    config.n_threads = Some(options.threads.max(1));
+    let adapter = Adapter { connection, acl, stateless: adapter::Stateless::default() };
+    // The kernel checks who may use the mount; a second check here would only repeat it.
+    let session = fuser::Session::from_fd(adapter, device, fuser::SessionACL::All, config).map_err(failed)?;
+    thread::Builder::new()
+        .name("fuse-session".into())
+        .spawn(move || {
+            let _said = Said(&end);
+            if let Err(error) = session.run() {
+                let error: &dyn std::error::Error = &error;
+                tracing::warn!(error, "the FUSE session ended with an error");
+            }
+        })
+        .map_err(failed)?;
+    if rustix::process::geteuid().is_root()
+        && let Err(error) = set_read_ahead(&mount_point, READ_AHEAD_KIB)
+    {
+        let error: &dyn std::error::Error = &error;
+        tracing::debug!(error, "reading ahead stays at the kernel's default");
+    }
+    Ok(server)
+}
+
+impl Server {
+    /// Where it is mounted, absolute and without links.
+    pub fn mount_point(&self) -> &Path {
+        &self.mount_point
+    }
+
+    /// How many requests wait for bytes.
+    pub fn waiting(&self) -> usize {
+        (self.waiting)()
+    }
+
+    /// True if nothing is served any more, because somebody unmounted it.
+    pub fn is_over(&self) -> bool {
+        *self.end.over()
+    }
+
+    /// Waits until it is unmounted and the last file is closed.
+    pub fn wait(&self) {
+        let mut over = self.end.over();
+        while !*over {
+            over = self.end.changed.wait(over).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Waits likewise, at most for `patience`; false if it is still being served then.
+    pub fn wait_for(&self, patience: Duration) -> bool {
+        let deadline = Instant::now() + patience;
+        let mut over = self.end.over();
+        while !*over {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            (over, _) = self.end.changed.wait_timeout(over, left).unwrap_or_else(PoisonError::into_inner);
+        }
+        true
+    }
+
+    /// Unmounts. After [`Unmount::Strict`] succeeded the session ends at once: see [`Server::wait`].
+    ///
+    /// # Errors
+    /// See [`MountError`]. That it was unmounted by somebody else is no error.
+    pub fn unmount(&self, how: Unmount) -> Result<(), MountError> {
+        if self.is_over() {
+            return Ok(());
+        }
+        match unmount(&self.mount_point, how) {
+            Err(MountError::NotMounted(_)) => Ok(()),
+            other => other,
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if let Err(error) = self.unmount(Unmount::Lazy) {
+            let error: &dyn std::error::Error = &error;
+            tracing::warn!(error, "the mount stays behind");
+        }
+    }
+}
+
+/// Whether the session is over, and a way to wait for it.
+#[derive(Default)]
+struct End {
+    over: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl End {
+    fn over(&self) -> MutexGuard<'_, bool> {
+        self.over.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Says that the session is over when it is dropped, by whatever way.
+struct Said<'a>(&'a End);
+
+impl Drop for Said<'_> {
+    fn drop(&mut self) {
+        *self.0.over() = true;
+        self.0.changed.notify_all();
+    }
+}

@@ -9,6 +9,7 @@ mod erofs_reader;
 mod erofs_writer;
 mod fetch;
 mod layers;
+mod mount_judge;
 mod registry;
 mod serve;
 mod tar;

@@ -138,7 +138,7 @@ impl Merged {
             let file = &self.files[place.file];
             let (kind, rdev, content) = file.seen();
             let size = match &content {
-                Content::None => 0,
+                Content::None | Content::Refused(_) => 0,
                 Content::Target(target) => target.len() as u64,
                 Content::Bytes(len, _) => *len,
             };

@@ -15,6 +15,7 @@
 //! | 3 | `registry` | the OCI distribution client |
 //! | 3 | `layout` | images on the local disk: OCI layouts and archives |
 //! | 3 | `store` | blob files, presence bitmaps, recovery |
+//! | 4 | `transport` | any reference opened for reading or writing: registry, layout, archive |
 //! | 4 | `fetch` | single flight, range merging, priorities, budgets: the only download path |
 //! | 5 | `vfs` | inodes, lookups, directories, reads of a merged snapshot |
 //! | 5 | `convert` | pull, rebuild, push |
@@ -44,4 +45,5 @@ pub mod sys;
 pub mod tar;
 #[cfg(feature = "testkit")]
 pub mod testkit;
+pub mod transport;
 pub mod vfs;

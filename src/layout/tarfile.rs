@@ -59,10 +59,6 @@ impl TarFile {
         Ok(Self { path: path.to_owned(), file: Arc::new(file), members })
     }
 
-    pub(super) fn path(&self) -> &Path {
-        &self.path
-    }
-
     /// Where the content of `name` is, links followed.
     pub(super) fn find(&self, name: &str) -> Result<Option<BlobAt>, LayoutError> {
         let Some(mut name) = normalise(name) else { return Ok(None) };

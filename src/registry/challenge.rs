@@ -24,13 +24,18 @@ pub(super) fn parse(header: &str) -> Vec<Challenge> {
         }
         let value = after.trim_start_matches([' ', '\t']);
         match (value.strip_prefix('='), challenges.last_mut()) {
-            // A parameter of the challenge before it. A token68 of a scheme we do not speak ends the list.
+            // A parameter of the challenge before it.
             (Some(value), Some(challenge)) if !value.starts_with('=') => {
                 let Some((value, after)) = parameter(value.trim_start_matches([' ', '\t'])) else { return challenges };
                 challenge.parameters.entry(word.to_ascii_lowercase()).or_insert(value);
                 rest = after;
             }
-            (Some(_), _) => return challenges,
+            // A token68 of a scheme we do not speak.
+            (Some(_), Some(_)) => match value.split_once(',') {
+                Some((_, after)) => rest = after,
+                None => return challenges,
+            },
+            (Some(_), None) => return challenges,
             (None, _) => {
                 challenges.push(Challenge { scheme: word.to_ascii_lowercase(), parameters: BTreeMap::new() });
                 rest = after;
@@ -87,7 +92,7 @@ mod tests {
             ),
             ("Negotiate, Basic realm=x", vec![("negotiate", vec![]), ("basic", vec![("realm", "x")])]),
             ("Bearer realm=\"unclosed", vec![("bearer", vec![])]),
-            ("Negotiate abc==, Basic realm=x", vec![("negotiate", vec![]), ("abc", vec![])]),
+            ("Negotiate abc==, Basic realm=x", vec![("negotiate", vec![]), ("basic", vec![("realm", "x")])]),
             ("", vec![]),
             ("=x", vec![]),
             ("realm=\"x\"", vec![]),

@@ -149,20 +149,32 @@ impl Client {
         object: &str,
         skip: u32,
     ) -> Result<Vec<Arc<Endpoint>>, RegistryError> {
+        let mut servers = self.servers_in_order(name, need, action, object).await?;
+        let count = servers.len();
+        servers.rotate_left(usize::try_from(skip).unwrap_or(0) % count);
+        servers.sort_by_key(|server| server.is_sick());
+        Ok(servers)
+    }
+
+    /// The servers that may be asked, at least one, in the configured order.
+    pub(super) async fn servers_in_order(
+        &self,
+        name: &ImageName,
+        need: Need,
+        action: &'static str,
+        object: &str,
+    ) -> Result<Vec<Arc<Endpoint>>, RegistryError> {
         let endpoints = self.endpoints(name.host()).await?;
         let able = |endpoint: &&Arc<Endpoint>| match need {
             Need::Pull => endpoint.capabilities.pull,
             Need::Resolve => endpoint.capabilities.resolve,
             Need::Push => endpoint.capabilities.push,
         };
-        let mut servers: Vec<Arc<Endpoint>> = endpoints.iter().filter(able).cloned().collect();
+        let servers: Vec<Arc<Endpoint>> = endpoints.iter().filter(able).cloned().collect();
         if servers.is_empty() {
             let registry = name.host().to_owned();
             return Err(RegistryError::NoServer { action, object: object.to_owned(), registry });
         }
-        let count = servers.len();
-        servers.rotate_left(usize::try_from(skip).unwrap_or(0) % count);
-        servers.sort_by_key(|server| server.is_sick());
         Ok(servers)
     }
 

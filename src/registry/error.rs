@@ -10,7 +10,7 @@ use std::time::Duration;
 use super::credentials::CredentialError;
 use super::hosts::HostsError;
 use super::secret::SafeUrl;
-use crate::model::{BlobDigest, ByteRange};
+use crate::model::ByteRange;
 use crate::oci::DocumentError;
 
 /// Why one request to one server failed.
@@ -216,13 +216,4 @@ pub enum RegistryError {
     /// A document is announced too large.
     #[error(transparent)]
     Document(#[from] DocumentError),
-    /// The file to push is not what its digest says, or could not be read.
-    #[error("cannot send {blob}")]
-    File {
-        /// Which blob.
-        blob: BlobDigest,
-        /// Why.
-        #[source]
-        source: std::io::Error,
-    },
 }

@@ -32,6 +32,6 @@ pub use credentials::{CredentialConfig, CredentialError, Credentials};
 pub use error::{Attempt, Attempts, RegistryError, TryError};
 pub use exchange::MIN_PROGRESS;
 pub use hosts::HostsError;
-pub use push::Upload;
+pub use push::{BlobContent, Pushed, Upload};
 pub use retry::{Patience, is_transient};
 pub use secret::{SafeUrl, Secret};

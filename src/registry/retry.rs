@@ -49,8 +49,7 @@ pub fn is_transient(error: &RegistryError) -> bool {
         RegistryError::NotFound { .. }
         | RegistryError::NoServer { .. }
         | RegistryError::Hosts(_)
-        | RegistryError::Document(_)
-        | RegistryError::File { .. } => false,
+        | RegistryError::Document(_) => false,
     }
 }
 

@@ -13,3 +13,4 @@ mod mount_judge;
 mod registry;
 mod serve;
 mod tar;
+mod transport;

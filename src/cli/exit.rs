@@ -10,11 +10,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::control::ControlError;
 use crate::daemon::config::ConfigError;
+use crate::layout::LayoutError;
 use crate::oci::{DocumentError, PlanError, PlatformError, ReferenceError};
 use crate::registry::{Attempts, HostsError, RegistryError, TryError};
 use crate::serve::ServeError;
 use crate::store::StoreError;
 use crate::tar::TarError;
+use crate::transport::TransportError;
 
 /// Kinds of failure, as scripts can tell them apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -132,6 +134,8 @@ fn known(error: &(dyn std::error::Error + 'static)) -> Option<Problem> {
         RegistryError => of_registry,
         TryError => |error: &TryError| Some(of_try(error)),
         HostsError => of_hosts,
+        TransportError => of_transport,
+        LayoutError => of_layout,
         StoreError => of_store,
         TarError => of_tar,
         ServeError => of_serve,
@@ -168,7 +172,6 @@ fn of_registry(error: &RegistryError) -> Option<Problem> {
         RegistryError::NoServer { .. } => Some(Problem::Usage),
         RegistryError::Hosts(error) => of_hosts(error),
         RegistryError::Document(error) => of_document(error),
-        RegistryError::File { .. } => None,
     }
 }
 
@@ -202,6 +205,31 @@ fn of_hosts(error: &HostsError) -> Option<Problem> {
     match error {
         HostsError::Read { .. } => None,
         HostsError::Parse { .. } | HostsError::Value { .. } | HostsError::Certificate { .. } => Some(Problem::Usage),
+    }
+}
+
+fn of_transport(error: &TransportError) -> Option<Problem> {
+    match error {
+        TransportError::Registry(error) => of_registry(error),
+        TransportError::Layout(error) => of_layout(error),
+        TransportError::Document { source, .. } => of_document(source),
+        // The cause of a stream's end stands behind it in the chain.
+        TransportError::Source(_) => None,
+        TransportError::NoPlatform { .. } => Some(Problem::NotFound),
+        TransportError::TooManyIndexes { .. } => Some(Problem::Unsupported),
+        TransportError::Unwritable { .. } => Some(Problem::Usage),
+        TransportError::Damaged { .. } => Some(Problem::Corrupt),
+        TransportError::Spool { source, .. } => Some(of_io(source)),
+    }
+}
+
+fn of_layout(error: &LayoutError) -> Option<Problem> {
+    match error {
+        LayoutError::Io { source, .. } => Some(of_io(source)),
+        LayoutError::NoLayout { .. } | LayoutError::Ambiguous { .. } => Some(Problem::Usage),
+        LayoutError::Archive { .. } | LayoutError::Size { .. } => Some(Problem::Corrupt),
+        LayoutError::Document { source, .. } => of_document(source),
+        LayoutError::NoImage { .. } | LayoutError::NoBlob { .. } => Some(Problem::NotFound),
     }
 }
 

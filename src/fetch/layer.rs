@@ -176,7 +176,9 @@ impl LayerImage {
         if cause.is_demand() {
             self.reached(chunked, wanted.clone());
         }
-        let missing: Vec<u32> = wanted.filter(|chunk| !self.has(chunked, *chunk)).collect();
+        // A fill is after what is kept: what the disk had no room for when it was read, it may have room for now.
+        let has = |chunk| if cause == Cause::Fill { chunked.file.is_present(chunk) } else { self.has(chunked, chunk) };
+        let missing: Vec<u32> = wanted.filter(|chunk| !has(*chunk)).collect();
         if missing.is_empty() {
             return done(Ok(()));
         }
@@ -189,7 +191,7 @@ impl LayerImage {
             for chunk in missing {
                 let key = Key { layer: self.id, chunk };
                 // Whoever lands a chunk marks it before it takes its entry away, so a chunk without either is missing.
-                if state.queue.knows(key) || !self.has(chunked, chunk) {
+                if state.queue.knows(key) || !has(chunk) {
                     state.want(key, cause, Some(Arc::clone(&waiter)));
                 } else {
                     here += 1;

@@ -167,12 +167,14 @@ impl Model {
             }
             EntryKind::HardLink { target } => {
                 let mut target = target.to_bytes();
+                // A link to a link that waits waits for the same.
+                let waits = self.pending.contains_key(&target);
                 while let Some(further) = self.pending.get(&target)
                     && *further != target
                 {
                     target.clone_from(further);
                 }
-                let known = self.names.get(&target).copied();
+                let known = self.names.get(&target).copied().filter(|_| !waits);
                 if known.is_some_and(|number| self.files[number].kind == EntryKind::Directory) {
                     return None;
                 }
@@ -215,12 +217,17 @@ impl Model {
     }
 
     fn finish(mut self) -> Option<Listing> {
-        for (at, target) in self.pending.clone() {
-            let number = *self.names.get(&target)?;
+        while let Some((at, target)) = self.pending.iter().find(|(_, target)| self.names.contains_key(*target)) {
+            let number = self.names[target];
             if self.files[number].kind == EntryKind::Directory {
                 return None;
             }
+            let at = at.clone();
+            self.pending.remove(&at);
             self.names.insert(at, number);
+        }
+        if !self.pending.is_empty() {
+            return None;
         }
         let mut listing = Listing::default();
         let mut first: BTreeMap<usize, Vec<u8>> = BTreeMap::new();

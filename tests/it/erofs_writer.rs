@@ -17,7 +17,7 @@ use LayerRole::{Bottom, Upper};
 
 /// Runs a program that must succeed and gives what it said.
 #[track_caller]
-fn run(program: &mut Command) -> String {
+pub(crate) fn run(program: &mut Command) -> String {
     let output = program.output().unwrap_or_else(|error| panic!("cannot start {program:?}: {error}"));
     let said = String::from_utf8_lossy(&[&*output.stdout, &*output.stderr].concat()).into_owned();
     assert!(output.status.success(), "{program:?} failed: {said}");
@@ -40,16 +40,17 @@ struct Mounted(PathBuf);
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        run(Command::new("umount").arg(&self.0));
+        rustix::mount::unmount(&self.0, rustix::mount::UnmountFlags::empty()).unwrap();
     }
 }
 
-/// What the kernel shows of an image.
+/// What the kernel shows of an image file that it mounts without a loop device.
 #[track_caller]
 pub(crate) fn kernel_listing(image: &Path) -> Listing {
     let at = image.with_extension("mnt");
     std::fs::create_dir_all(&at).unwrap();
-    run(Command::new("mount").args(["-t", "erofs", "-o", "ro"]).arg(image).arg(&at));
+    let flags = rustix::mount::MountFlags::RDONLY;
+    rustix::mount::mount(image, &at, "erofs", flags, None).unwrap();
     let mounted = Mounted(at);
     Listing::of_directory(&mounted.0).unwrap()
 }
@@ -113,7 +114,8 @@ fn all_kinds_of_files_with_all_their_metadata() {
         with(file("epoch", b"1"), |m| m.mtime = Timestamp::default()),
         with(file("future", b"1"), |m| m.mtime = Timestamp { seconds: 1 << 40, nanos: 1 }),
         with(file("capable", b"1"), |m| {
-            m.xattrs = vec![xattr("security.capability", &[1, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])]
+            m.xattrs =
+                vec![xattr("security.capability", &[1, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])];
         }),
         with(directory("acl"), |m| {
             let acl = [

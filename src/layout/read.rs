@@ -40,7 +40,7 @@ struct Inner {
 enum Store {
     Directory(PathBuf),
     Archive(TarFile),
-    Docker(DockerArchive),
+    Docker(Box<DockerArchive>),
 }
 
 #[derive(Deserialize)]
@@ -80,7 +80,7 @@ impl LayoutReader {
     pub fn docker_archive(path: &Path, image: &ArchiveImage) -> Result<Self, LayoutError> {
         let archive = DockerArchive::open(path, image)?;
         let top = archive.manifest_descriptor().clone();
-        Ok(Self(Arc::new(Inner { path: path.to_owned(), store: Store::Docker(archive), top })))
+        Ok(Self(Arc::new(Inner { path: path.to_owned(), store: Store::Docker(Box::new(archive)), top })))
     }
 
     fn layout(path: &Path, store: Store, image: &LayoutImage) -> Result<Self, LayoutError> {

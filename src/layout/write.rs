@@ -35,7 +35,7 @@ pub struct LayoutWriter {
 #[derive(Debug)]
 enum Target {
     Directory,
-    Archive(Mutex<Option<ArchiveWriter>>),
+    Archive(Box<Mutex<Option<ArchiveWriter>>>),
 }
 
 #[derive(Debug)]
@@ -77,7 +77,7 @@ impl LayoutWriter {
     pub fn archive(path: &Path, tag: Option<&str>) -> Result<Self, LayoutError> {
         let file = temporary(directory_of(path))?;
         let writer = ArchiveWriter { file, blobs: HashSet::new(), index: Index::new(Vec::new()) };
-        let target = Target::Archive(Mutex::new(Some(writer)));
+        let target = Target::Archive(Box::new(Mutex::new(Some(writer))));
         Ok(Self { path: path.to_owned(), tag: tag.map(str::to_owned), target })
     }
 

@@ -12,6 +12,7 @@ mod fetch;
 mod layers;
 mod mount_judge;
 mod registry;
+mod registry_real;
 mod serve;
 mod tar;
 mod transport;

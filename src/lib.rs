@@ -6,6 +6,7 @@
 //! | floor | room | what it is |
 //! |---|---|---|
 //! | 0 | `model` | pure words: digests, names, attributes, ranges, layer entries, the ports bytes come through |
+//! | 0 | `observe` | the names of spans and counters |
 //! | 1 | `chunked` | chunk index and zstd frames of a layer blob |
 //! | 1 | `erofs` | the EROFS on-disk format, reader and writer |
 //! | 1 | `tar` | a layer tar as a stream of entries |
@@ -36,6 +37,7 @@ pub mod fetch;
 pub mod fuse;
 pub mod layout;
 pub mod model;
+pub mod observe;
 pub mod oci;
 pub mod overlay;
 pub mod registry;

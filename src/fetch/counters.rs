@@ -55,3 +55,19 @@ impl Counting {
 pub(super) fn add(counter: &AtomicU64, amount: u64) {
     counter.fetch_add(amount, Ordering::Relaxed);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::observe::FETCH_METRICS;
+
+    #[test]
+    fn every_counter_stands_in_the_table_of_names() {
+        let counters = serde_json::to_value(Counters::default()).unwrap();
+        let mut counted: Vec<&str> = counters.as_object().unwrap().keys().map(String::as_str).collect();
+        let mut named: Vec<&str> = FETCH_METRICS.iter().map(|metric| metric.name).collect();
+        counted.sort_unstable();
+        named.sort_unstable();
+        assert_eq!(counted, named);
+    }
+}

@@ -6,6 +6,7 @@ use std::time::Duration;
 use bytes::{Buf as _, Bytes};
 use futures::StreamExt as _;
 use tokio::time::timeout;
+use tracing::Instrument as _;
 
 use super::counters::add;
 use super::land::Landing;
@@ -13,6 +14,7 @@ use super::queue::{Flight, Key};
 use super::shared::Shared;
 use super::{FetchError, LayerImage};
 use crate::model::{BlobDigest, BlobSource, ByteRange, ByteStream, SourceError};
+use crate::observe::FETCH_SPAN;
 
 /// How often a request is sent again after it broke off without having brought a single chunk. The source retries by
 /// itself what can be retried before the first byte; this is for connections that die in the middle.
@@ -105,8 +107,16 @@ enum Trouble {
     Broken(FetchError),
 }
 
-pub(super) async fn fly(mut guard: FlightGuard, layer: Weak<LayerImage>) {
+/// Brings the chunks of a flight.
+pub(super) async fn fly(guard: FlightGuard, layer: Weak<LayerImage>) {
     let Some(layer) = layer.upgrade() else { return };
+    let Flight { first, end, cause, attempt, .. } = guard.flight;
+    let (blob, chunks, cause) = (layer.spec.blob, end - first, cause.name());
+    let span = tracing::debug_span!(FETCH_SPAN, %blob, chunk = first, chunks, cause, attempt);
+    fly_over(guard, layer).instrument(span).await;
+}
+
+async fn fly_over(mut guard: FlightGuard, layer: Arc<LayerImage>) {
     let mut failures = 0;
     loop {
         let before = guard.next;

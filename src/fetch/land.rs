@@ -63,7 +63,7 @@ impl Landing {
                     self.settled = true;
                     shared.pump();
                 } else {
-                    tracing::error!(error = shown, "a chunk came with wrong bytes again, its readers get an error");
+                    tracing::debug!(error = shown, "a chunk came with wrong bytes again, its readers get an error");
                     self.settle(&Err(Arc::new(error)));
                 }
             }

@@ -1,7 +1,7 @@
 //! The only download path. Reads of a mount, metadata, read-ahead and background fills all come here, and each chunk is
 //! fetched by one of them for all.
 //!
-//! A wish for bytes becomes wishes for the chunks that hold them ([`LayerImage::request`]). The [`queue`] orders them by
+//! A wish for bytes becomes wishes for the chunks that hold them ([`LayerImage::request`]). The queue orders them by
 //! [`Cause`] and joins neighbours; a *flight* brings such a run with one range request, hands every frame to the CPU
 //! pool as soon as it has arrived, and goes on reading meanwhile. The pool verifies, inflates, writes to the store,
 //! and answers whoever waits for that very chunk. So a read never waits for the rest of a range, nor for another

@@ -139,8 +139,7 @@ impl Shared {
             }
         }
         for (flight, layer) in flights {
-            let guard = FlightGuard::new(Arc::clone(self), flight);
-            self.runtime.spawn(flight::fly(guard, layer));
+            self.runtime.spawn(flight::fly(FlightGuard::new(Arc::clone(self), flight), layer));
         }
     }
 

@@ -149,7 +149,7 @@ async fn bring(mut promise: Promise) {
         }
         Err(error) => {
             let shown: &dyn std::error::Error = &error;
-            tracing::error!(error = shown, "a layer that is read from start to end did not come");
+            tracing::debug!(error = shown, "a layer that is read from start to end did not come");
             Err(Arc::new(error))
         }
     });

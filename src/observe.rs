@@ -1,0 +1,42 @@
+//! Names of what can be observed: spans, and what is counted. Nothing else invents such a name.
+
+/// One range request for chunks of a layer. Fields: `blob`, `chunk` (the first), `chunks`, `cause`, `attempt`.
+pub const FETCH_SPAN: &str = "fetch";
+
+/// What a number counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Unit {
+    /// Bytes.
+    Bytes,
+    /// Chunks of a layer.
+    Chunks,
+    /// Requests to a source of blobs.
+    Requests,
+}
+
+/// A number that only grows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Metric {
+    /// Its name, as it appears wherever numbers are shown.
+    pub name: &'static str,
+    /// What it counts.
+    pub unit: Unit,
+    /// One sentence about it.
+    pub meaning: &'static str,
+}
+
+const fn metric(name: &'static str, unit: Unit, meaning: &'static str) -> Metric {
+    Metric { name, unit, meaning }
+}
+
+/// What fetching a layer has cost; the names are those of `fetch::Counters`.
+pub const FETCH_METRICS: [Metric; 8] = [
+    metric("fetched", Unit::Bytes, "bytes that came from the source, chunk index included"),
+    metric("needed", Unit::Bytes, "stored bytes of the chunks that readers have touched"),
+    metric("read", Unit::Bytes, "bytes of the image that readers asked for and got"),
+    metric("chunks", Unit::Chunks, "chunks that arrived and were verified"),
+    metric("requests", Unit::Requests, "requests sent"),
+    metric("retries", Unit::Requests, "requests sent again because the one before broke off"),
+    metric("corrupt", Unit::Chunks, "chunks whose bytes were wrong"),
+    metric("disk_full", Unit::Chunks, "chunks that found the disk full"),
+];

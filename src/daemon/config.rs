@@ -286,9 +286,9 @@ impl Config {
                 rounds: registry.rounds.unwrap_or(5),
             },
             fetch: FetchSettings {
-                memory: fetch.memory.map_or(24 << 20, |Size(bytes)| bytes),
-                connections: fetch.connections.unwrap_or(6),
-                deadline: span(fetch.deadline, Duration::from_secs(120)),
+                memory: fetch.memory.map_or(16 << 20, |Size(bytes)| bytes),
+                connections: fetch.connections.unwrap_or(8),
+                deadline: span(fetch.deadline, Duration::from_secs(60)),
                 read_ahead: fetch.read_ahead.map_or(8 << 20, |Size(bytes)| bytes),
             },
             sync_interval: span(store.sync_interval, Duration::from_secs(5)),
@@ -398,7 +398,7 @@ impl FromStr for Size {
 /// How it has to be written.
 pub fn parse_size(text: &str) -> Result<u64, &'static str> {
     const FORM: &str =
-        "a size is written as a number with or without kB, MB, GB, KiB, MiB or GiB, for example \"24MiB\"";
+        "a size is written as a number with or without kB, MB, GB, KiB, MiB or GiB, for example \"16MiB\"";
     let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (number, unit) = text.split_at(split);
     let number: u64 = number.parse().map_err(|_| FORM)?;

@@ -15,10 +15,11 @@ use std::fs;
 use std::io;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use crate::model::{Algorithm, Digest};
+use crate::model::{Algorithm, BlobDigest, Digest};
 use crate::sys::{FileLock, LockMode};
 
 /// What is known of a mount even when its process is gone.
@@ -26,6 +27,8 @@ use crate::sys::{FileLock, LockMode};
 pub struct MountRecord {
     /// The image as it was asked for.
     pub image: String,
+    /// The manifest it stood for.
+    pub manifest: BlobDigest,
     /// Where it is mounted.
     pub mount_point: PathBuf,
     /// How it is presented.
@@ -212,6 +215,24 @@ impl Entry {
         self.place.file(".log")
     }
 
+    /// Waits until its process has ended, at most for `patience`; false if it lives on.
+    ///
+    /// # Errors
+    /// A lock that cannot be looked at.
+    pub fn wait_for_end(&self, patience: Duration) -> Result<bool, MountsError> {
+        let deadline = Instant::now() + patience;
+        loop {
+            match FileLock::try_acquire(&self.place.lock(), LockMode::Shared) {
+                Ok(Some(_)) => return Ok(true),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(true),
+                Err(error) => return Err(io_error("lock", &self.place.lock())(error)),
+                Ok(None) if Instant::now() >= deadline => return Ok(false),
+                // A lock cannot be waited for with a deadline.
+                Ok(None) => std::thread::sleep(Duration::from_millis(5)),
+            }
+        }
+    }
+
     /// Removes what a dead process left on disk. False if it lives after all.
     ///
     /// # Errors
@@ -283,6 +304,7 @@ mod tests {
     fn record(mount_point: &str) -> MountRecord {
         MountRecord {
             image: "oci:x".to_owned(),
+            manifest: BlobDigest(Digest::of(Algorithm::Sha256, b"x")),
             mount_point: mount_point.into(),
             driver: "fuse".to_owned(),
             pid: 1,

@@ -1,0 +1,301 @@
+//! From a reference to open layers: what is mounted, listed and inspected.
+//!
+//! The manifest and the config of an image are kept in the store with what named them. So an image named by digest opens
+//! without its registry once it was opened before, and one named by tag opens as it was last seen while the registry
+//! cannot be reached, which is logged. Layers need their registry only for chunks that are not here.
+//!
+//! Refuses to know what a layer holds and how it is shown.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use futures::future::try_join_all;
+use tokio::runtime::Handle;
+
+use super::config::Config as Settings;
+use crate::fetch::{FetchConfig, Fetcher, LayerImage};
+use crate::model::{BlobDigest, ByteRange, ReadAt, ReadAtError};
+use crate::oci::{
+    self, Descriptor, Document, ImagePlan, LayoutImage, Manifest, PlanError, Platform, Prefer, Reference,
+};
+use crate::registry::{Client, ClientConfig, CredentialConfig, Patience};
+use crate::store::{Store, StoreConfig};
+use crate::transport::{ImageSource, ResolvedImage, Transports};
+use crate::vfs::{self, Bring, Purpose, Vfs};
+
+/// The rooms below, as the configuration wants them.
+#[derive(Clone)]
+pub struct House {
+    /// Opens references.
+    pub transports: Transports,
+    /// Where everything is kept.
+    pub store: Arc<Store>,
+    runtime: Handle,
+    fetch: FetchConfig,
+}
+
+/// An image whose documents have been read.
+#[derive(Debug, Clone)]
+pub struct Documents {
+    /// The reference, for messages and status.
+    pub reference: Reference,
+    /// Digest of the manifest.
+    pub digest: BlobDigest,
+    /// The manifest.
+    pub manifest: Manifest,
+    /// The config.
+    pub config: oci::Config,
+    source: ImageSource,
+}
+
+/// An image whose layers are open.
+#[derive(Debug, Clone)]
+pub struct OpenImage {
+    /// Its documents.
+    pub documents: Documents,
+    /// What its layers are.
+    pub plan: ImagePlan,
+    /// The layers of `plan.layers`, in that order.
+    pub layers: Vec<Arc<LayerImage>>,
+}
+
+/// A layer as the file system reads it.
+#[derive(Debug, Clone)]
+pub struct Lazy(Arc<LayerImage>);
+
+impl std::fmt::Debug for House {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("House").field("root", &self.store.root()).finish_non_exhaustive()
+    }
+}
+
+/// A client of registries as the configuration describes it.
+pub fn transports(settings: &Settings) -> Transports {
+    let registry = &settings.registry;
+    let client = Client::new(ClientConfig {
+        certs_d: registry.certs_d.clone(),
+        credentials: CredentialConfig {
+            docker_config: Some(registry.docker_config.clone()),
+            ..CredentialConfig::default()
+        },
+        patience: Patience {
+            connect: registry.connect_timeout,
+            response: registry.response_timeout,
+            idle: registry.idle_timeout,
+            deadline: registry.deadline,
+            rounds: registry.rounds,
+            ..Patience::default()
+        },
+        ..ClientConfig::default()
+    });
+    Transports::new(client, settings.root.join("tmp"))
+}
+
+/// A reference whose path, if it has one, does not depend on the working directory.
+///
+/// # Errors
+/// The working directory is gone.
+pub fn absolute(reference: &Reference) -> std::io::Result<Reference> {
+    let absolute = |path: &Path| std::path::absolute(path);
+    Ok(match reference {
+        Reference::Registry(_) => reference.clone(),
+        Reference::Layout { path, image } => Reference::Layout { path: absolute(path)?, image: image.clone() },
+        Reference::OciArchive { path, image } => Reference::OciArchive { path: absolute(path)?, image: image.clone() },
+        Reference::DockerArchive { path, image } => {
+            Reference::DockerArchive { path: absolute(path)?, image: image.clone() }
+        }
+    })
+}
+
+impl House {
+    /// Opens the root and prepares everything that fetches.
+    ///
+    /// # Errors
+    /// A root that cannot be used.
+    pub fn open(settings: &Settings, runtime: Handle) -> anyhow::Result<Self> {
+        let store = StoreConfig { sync_interval: settings.sync_interval, ..StoreConfig::default() };
+        let store = Store::open_with(&settings.root, store)?;
+        let said = &settings.fetch;
+        let connections = usize::try_from(said.connections).unwrap_or(usize::MAX);
+        let fetch = FetchConfig {
+            connections,
+            // Some connections stay free for those who wait, as long as there is more than one.
+            background_connections: (connections - connections / 4).clamp(1, connections.saturating_sub(1).max(1)),
+            memory: u32::try_from(said.memory).unwrap_or(u32::MAX),
+            read_ahead: said.read_ahead,
+            deadline: said.deadline,
+            ..FetchConfig::default()
+        };
+        Ok(Self { transports: transports(settings), store: Arc::new(store), runtime, fetch })
+    }
+
+    /// Reads the documents of an image: from its registry, or from what was kept of it.
+    ///
+    /// # Errors
+    /// It is nowhere to be had, or its documents are unusable.
+    pub async fn documents(&self, reference: &Reference, platform: Option<&Platform>) -> anyhow::Result<Documents> {
+        let source = self.transports.open(reference).await?;
+        let key = |name: &str| format!("{name} {}", platform.map_or_else(|| "here".to_owned(), Platform::to_string));
+        if let Some(digest) = named_digest(reference)
+            && let Some(kept) = self.kept(reference, &source, &key(&digest.to_string()))?
+        {
+            return Ok(kept);
+        }
+        let by_name = key(&reference.to_string());
+        let known = self.store.reference(&by_name)?.is_some();
+        let resolved = match known {
+            // What a tag stands for may not have changed: one question instead of three.
+            true => match source.top().await {
+                Ok(top) => match self.kept(reference, &source, &key(&top.digest.to_string()))? {
+                    Some(kept) => return Ok(kept),
+                    None => source.image(platform, Prefer::Erofs).await,
+                },
+                Err(error) => Err(error),
+            },
+            false => source.image(platform, Prefer::Erofs).await,
+        };
+        match resolved {
+            Ok(image) => {
+                self.keep(&image, &[&by_name, &key(&image.top.digest.to_string())])?;
+                let ResolvedImage { descriptor, manifest, config, .. } = image;
+                Ok(Documents { reference: reference.clone(), digest: descriptor.digest, manifest, config, source })
+            }
+            Err(error) if known && error.is_transient() => match self.kept(reference, &source, &by_name)? {
+                Some(kept) => {
+                    let error: &dyn std::error::Error = &error;
+                    tracing::warn!(
+                        image = %reference,
+                        manifest = %kept.digest,
+                        error,
+                        "the registry does not answer: the image is taken as it was last seen"
+                    );
+                    Ok(kept)
+                }
+                None => Err(error.into()),
+            },
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Opens the layers of an image for lazy reading.
+    ///
+    /// # Errors
+    /// Layers that are not EROFS, or an index that does not come.
+    pub async fn open_image(&self, documents: Documents) -> anyhow::Result<OpenImage> {
+        let plan = ImagePlan::new(&documents.manifest, &documents.config)
+            .with_context(|| format!("cannot mount or read {}", documents.reference))?;
+        // Its threads begin here, so that commands that only read documents start none.
+        let fetcher = Fetcher::new(Arc::clone(&self.store), self.runtime.clone(), self.fetch)
+            .context("cannot start the threads that fetch")?;
+        let blobs = documents.source.blobs();
+        let open = plan.layers.iter().map(|layer| fetcher.open_layer(layer.into(), Arc::clone(&blobs)));
+        let layers = try_join_all(open).await?;
+        Ok(OpenImage { documents, plan, layers })
+    }
+
+    /// What was kept under `key`, if all of it is still there.
+    fn kept(&self, reference: &Reference, source: &ImageSource, key: &str) -> anyhow::Result<Option<Documents>> {
+        let Some(record) = self.store.reference(key)? else { return Ok(None) };
+        let Some(bytes) = self.store.document(&record.manifest)? else { return Ok(None) };
+        let Document::Manifest(manifest) = Document::parse(&bytes, None)? else { return Ok(None) };
+        let Some(bytes) = self.store.document(&manifest.config.digest)? else { return Ok(None) };
+        let config = oci::Config::parse_verified(bytes, &manifest.config)?;
+        let documents = Documents {
+            reference: reference.clone(),
+            digest: record.manifest,
+            manifest,
+            config,
+            source: source.clone(),
+        };
+        Ok(Some(documents))
+    }
+
+    fn keep(&self, image: &ResolvedImage, keys: &[&str]) -> anyhow::Result<()> {
+        let kept = self.store.keep_document(&image.descriptor.digest, &image.manifest_bytes)?
+            && self.store.keep_document(&image.manifest.config.digest, image.config.as_bytes())?;
+        if kept {
+            for key in keys {
+                self.store.keep_reference(key, &image.descriptor.digest)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The digest that a reference names, which can never stand for anything else.
+fn named_digest(reference: &Reference) -> Option<BlobDigest> {
+    match reference {
+        Reference::Registry(name) => name.digest().copied(),
+        Reference::Layout { image: LayoutImage::Digest(digest), .. }
+        | Reference::OciArchive { image: LayoutImage::Digest(digest), .. } => Some(*digest),
+        Reference::Layout { .. } | Reference::OciArchive { .. } | Reference::DockerArchive { .. } => None,
+    }
+}
+
+impl Documents {
+    /// Where the blobs of the image come from.
+    pub const fn source(&self) -> &ImageSource {
+        &self.source
+    }
+
+    /// The layers' descriptors, lowest first.
+    pub fn layers(&self) -> &[Descriptor] {
+        &self.manifest.layers
+    }
+
+    /// What the layers are.
+    ///
+    /// # Errors
+    /// See [`PlanError`].
+    pub fn plan(&self) -> Result<ImagePlan, PlanError> {
+        ImagePlan::new(&self.manifest, &self.config)
+    }
+}
+
+impl OpenImage {
+    /// The merged file system. Waits for superblocks to come; not for the reactor.
+    ///
+    /// # Errors
+    /// A layer that is no EROFS image or whose first bytes do not come.
+    pub fn file_system(&self) -> anyhow::Result<Vfs<Lazy>> {
+        let layer = |number: &usize| {
+            self.layers.get(*number).map(|layer| Lazy(Arc::clone(layer))).context("the plan names a layer there is not")
+        };
+        let mut stack = Vec::with_capacity(self.plan.stack.len());
+        for stacked in &self.plan.stack {
+            if !stacked.data.is_empty() {
+                return Err(UnsupportedData(self.documents.reference.clone()).into());
+            }
+            let devices = stacked.devices.iter().map(layer).collect::<anyhow::Result<Vec<_>>>()?;
+            stack.push((layer(&stacked.layer)?, devices));
+        }
+        let layers = vfs::open_layers(&stack)?;
+        Ok(Vfs::new(layers)?)
+    }
+}
+
+/// An image in a form that is read but not shown.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot show {0}: it keeps the contents of its files in layers of their own (role overlay-data)")]
+pub struct UnsupportedData(Reference);
+
+impl ReadAt for Lazy {
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), ReadAtError> {
+        self.0.read_exact_at(offset, buf)
+    }
+}
+
+impl Bring for Lazy {
+    fn bring(&self, range: ByteRange, purpose: Purpose, done: vfs::Done) {
+        let cause = match purpose {
+            Purpose::Read => crate::fetch::Cause::Read,
+            Purpose::Metadata => crate::fetch::Cause::Metadata,
+        };
+        self.0.request(range, cause, move |result| done(result.map_err(|error| error as vfs::BringError)));
+    }
+}

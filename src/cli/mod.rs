@@ -9,6 +9,7 @@ mod commands;
 mod exit;
 mod logging;
 mod output;
+mod progress;
 mod report;
 
 use std::process::ExitCode;
@@ -42,10 +43,17 @@ pub fn main() -> ExitCode {
 
 fn run(context: &Context, command: Command) -> anyhow::Result<ExitCode> {
     match command {
+        Command::Mount(arguments) => commands::mount::mount(context, &arguments),
+        Command::Umount(arguments) => commands::mount::umount(context, &arguments),
+        Command::Status(_) => commands::mount::status(context),
+        Command::Inspect(arguments) => commands::look::inspect(context, &arguments),
+        Command::Check(arguments) => commands::look::check(context, &arguments),
+        Command::Ls(arguments) => commands::files::ls(context, &arguments),
+        Command::Cat(arguments) => commands::files::cat(context, &arguments),
         Command::Serve(arguments) => commands::serve::run(context, arguments),
         Command::Completions(arguments) => commands::manual::completions(&arguments),
         Command::Man(arguments) => commands::manual::man(&arguments),
-        _ => anyhow::bail!("this command is not wired yet"),
+        Command::Convert(_) => anyhow::bail!("this command is not wired yet"),
     }
 }
 

@@ -1,0 +1,353 @@
+//! Which error of which room is which kind of failure: the table.
+
+use std::io;
+use std::sync::Arc;
+
+use super::{Problem, Told};
+use crate::chunked::SequentialError;
+use crate::control::ControlError;
+use crate::daemon::browse::BrowseError;
+use crate::daemon::config::ConfigError;
+use crate::daemon::image::UnsupportedData;
+use crate::daemon::mounts::MountsError;
+use crate::erofs;
+use crate::fetch::FetchError;
+use crate::fuse;
+use crate::layout::LayoutError;
+use crate::model::SourceError;
+use crate::oci::{DocumentError, PlanError, PlatformError, ReferenceError};
+use crate::overlay;
+use crate::registry::{Attempts, HostsError, RegistryError, TryError};
+use crate::serve::ServeError;
+use crate::store::StoreError;
+use crate::sys::mount::MountError;
+use crate::tar::TarError;
+use crate::transport::TransportError;
+use crate::vfs;
+
+/// The kind of one error of a chain, if it decides; else its causes do.
+pub(super) fn known(error: &(dyn std::error::Error + 'static)) -> Option<Problem> {
+    macro_rules! first_of {
+        ($($kind:ty => $judge:expr),+ $(,)?) => {
+            $(if let Some(error) = error.downcast_ref::<$kind>() { return $judge(error); })+
+        };
+    }
+    first_of! {
+        Told => |told: &Told| Some(told.problem),
+        ConfigError => of_config,
+        ReferenceError => |_: &ReferenceError| Some(Problem::Usage),
+        PlatformError => |_: &PlatformError| Some(Problem::Usage),
+        DocumentError => of_document,
+        PlanError => |_: &PlanError| Some(Problem::Unsupported),
+        RegistryError => of_registry,
+        TryError => |error: &TryError| Some(of_try(error)),
+        HostsError => of_hosts,
+        TransportError => of_transport,
+        SourceError => of_source,
+        SequentialError => of_sequential,
+        FetchError => of_fetch,
+        Arc<FetchError> => |error: &Arc<FetchError>| of_fetch(error),
+        erofs::Error => of_erofs,
+        overlay::Error<erofs::Error> => of_overlay,
+        vfs::Error => of_vfs,
+        vfs::OpenError => of_open,
+        // What a mount waits for is known to it as an error and no more.
+        vfs::BringError => |error: &vfs::BringError| known(&**error),
+        fuse::ServeError => of_fuse,
+        MountError => |error: &MountError| Some(of_mount(error)),
+        MountsError => of_mounts,
+        BrowseError => of_browse,
+        UnsupportedData => |_: &UnsupportedData| Some(Problem::Unsupported),
+        LayoutError => of_layout,
+        StoreError => of_store,
+        TarError => of_tar,
+        ServeError => of_serve,
+        ControlError => of_control,
+        io::Error => of_io_or_inside,
+    }
+    None
+}
+
+fn of_config(error: &ConfigError) -> Option<Problem> {
+    match error {
+        ConfigError::Read { .. } => None,
+        ConfigError::Parse { .. } | ConfigError::UnknownKey { .. } | ConfigError::Value { .. } => Some(Problem::Usage),
+    }
+}
+
+fn of_document(error: &DocumentError) -> Option<Problem> {
+    Some(match error {
+        DocumentError::TooLarge { .. } | DocumentError::Schema1 | DocumentError::NoImage(_) => Problem::Unsupported,
+        DocumentError::MediaType(_) | DocumentError::SchemaVersion(_) => Problem::Unsupported,
+        DocumentError::Size { .. }
+        | DocumentError::Digest { .. }
+        | DocumentError::Json { .. }
+        | DocumentError::Contradiction { .. }
+        | DocumentError::Ambiguous
+        | DocumentError::LayerCount { .. } => Problem::Corrupt,
+    })
+}
+
+fn of_registry(error: &RegistryError) -> Option<Problem> {
+    match error {
+        RegistryError::Failed { attempts, .. } => Some(of_attempts(attempts)),
+        RegistryError::NotFound { .. } => Some(Problem::NotFound),
+        RegistryError::NoServer { .. } => Some(Problem::Usage),
+        RegistryError::Hosts(error) => of_hosts(error),
+        RegistryError::Document(error) => of_document(error),
+    }
+}
+
+/// The last server is the registry itself; what it said counts before what its mirrors said.
+fn of_attempts(attempts: &Attempts) -> Problem {
+    attempts.iter().last().map_or(Problem::Unreachable, |attempt| of_try(&attempt.error))
+}
+
+fn of_try(error: &TryError) -> Problem {
+    match error {
+        TryError::Connect(_)
+        | TryError::Tls(_)
+        | TryError::Broken(_)
+        | TryError::Timeout { .. }
+        | TryError::Cut { .. }
+        | TryError::Trickle { .. }
+        | TryError::Redirect(_)
+        | TryError::Header(_)
+        | TryError::Range { .. } => Problem::Unreachable,
+        TryError::Status { status: 401 | 403, .. } | TryError::Denied(_) | TryError::Credentials(_) => Problem::Denied,
+        TryError::Status { status: 404 | 410, .. } => Problem::NotFound,
+        TryError::Status { .. } => Problem::Unreachable,
+        TryError::Token { source, .. } => of_try(source),
+        TryError::TooLarge(_) | TryError::Document(_) | TryError::Json { .. } => Problem::Corrupt,
+        TryError::Setup(error) => of_hosts(error).unwrap_or(Problem::Local),
+        TryError::File(error) => of_io(error),
+    }
+}
+
+fn of_hosts(error: &HostsError) -> Option<Problem> {
+    match error {
+        HostsError::Read { .. } => None,
+        HostsError::Parse { .. } | HostsError::Value { .. } | HostsError::Certificate { .. } => Some(Problem::Usage),
+    }
+}
+
+fn of_transport(error: &TransportError) -> Option<Problem> {
+    match error {
+        TransportError::Registry(error) => of_registry(error),
+        TransportError::Layout(error) => of_layout(error),
+        TransportError::Document { source, .. } => of_document(source),
+        // The cause of a stream's end stands behind it in the chain.
+        TransportError::Source(_) => None,
+        TransportError::NoPlatform { .. } => Some(Problem::NotFound),
+        TransportError::TooManyIndexes { .. } => Some(Problem::Unsupported),
+        TransportError::Unwritable { .. } => Some(Problem::Usage),
+        TransportError::Damaged { .. } => Some(Problem::Corrupt),
+        TransportError::Spool { source, .. } => Some(of_io(source)),
+    }
+}
+
+fn of_layout(error: &LayoutError) -> Option<Problem> {
+    match error {
+        LayoutError::Io { source, .. } => Some(of_io(source)),
+        LayoutError::NoLayout { .. } | LayoutError::Ambiguous { .. } => Some(Problem::Usage),
+        LayoutError::Archive { .. } | LayoutError::Size { .. } => Some(Problem::Corrupt),
+        LayoutError::Document { source, .. } => of_document(source),
+        LayoutError::NoImage { .. } | LayoutError::NoBlob { .. } => Some(Problem::NotFound),
+    }
+}
+
+fn of_store(error: &StoreError) -> Option<Problem> {
+    match error {
+        StoreError::Io { .. } => None,
+        StoreError::Full { .. } | StoreError::DamagedInUse { .. } => Some(Problem::Local),
+        StoreError::Unsupported { .. } => Some(Problem::Unsupported),
+        StoreError::OutOfBounds { .. } => Some(Problem::Internal),
+    }
+}
+
+fn of_tar(error: &TarError) -> Option<Problem> {
+    use crate::tar::Problem as Tar;
+    match &error.problem {
+        Tar::Io(_) => None,
+        Tar::OutOfRange { .. }
+        | Tar::RecordsTooLong { .. }
+        | Tar::TooLong { .. }
+        | Tar::UnknownType(_)
+        | Tar::TooManyRuns(_)
+        | Tar::SparseVersion { .. } => Some(Problem::Unsupported),
+        Tar::Cut(_)
+        | Tar::Checksum { .. }
+        | Tar::NotANumber { .. }
+        | Tar::BadRecord(_)
+        | Tar::BadPath(_)
+        | Tar::Climbs
+        | Tar::BadTarget { .. }
+        | Tar::TargetClimbs(_)
+        | Tar::Nul(_)
+        | Tar::NoTarget
+        | Tar::RootIsNoDirectory(_)
+        | Tar::ReservedName
+        | Tar::BadXattr { .. }
+        | Tar::BadAcl(_)
+        | Tar::BadSparseMap(_)
+        | Tar::LoneZeroBlock => Some(Problem::Corrupt),
+    }
+}
+
+fn of_serve(error: &ServeError) -> Option<Problem> {
+    match error {
+        ServeError::NotALayout { source, .. } => Some(match of_io(source) {
+            Problem::Local => Problem::Corrupt,
+            other => other,
+        }),
+        ServeError::Listen { .. } => Some(Problem::Usage),
+        ServeError::AccessLog { .. } | ServeError::Serve { .. } => None,
+    }
+}
+
+fn of_control(error: &ControlError) -> Option<Problem> {
+    match error {
+        ControlError::Gone { .. } | ControlError::NoAnswer { .. } => Some(Problem::Unreachable),
+        ControlError::Unreachable { .. } => None,
+    }
+}
+
+fn of_source(error: &SourceError) -> Option<Problem> {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(&*error.source);
+    while let Some(error) = cause {
+        if let Some(problem) = known(error) {
+            return Some(problem);
+        }
+        cause = error.source();
+    }
+    Some(if error.transient { Problem::Unreachable } else { Problem::NotFound })
+}
+
+fn of_sequential(error: &SequentialError) -> Option<Problem> {
+    match error {
+        SequentialError::Read { .. } | SequentialError::Write { .. } => None,
+        SequentialError::Inflate { .. } | SequentialError::Truncated(_) => Some(Problem::Corrupt),
+        SequentialError::TooLarge(_) => Some(Problem::Unsupported),
+    }
+}
+
+fn of_fetch(error: &FetchError) -> Option<Problem> {
+    match error {
+        FetchError::Source { source, .. }
+        | FetchError::IndexSource { source, .. }
+        | FetchError::WholeSource { source, .. } => of_source(source),
+        FetchError::Interrupted { .. } | FetchError::Deadline { .. } => Some(Problem::Unreachable),
+        FetchError::Corrupt { .. }
+        | FetchError::Index { .. }
+        | FetchError::BlobDigest { .. }
+        | FetchError::DiffId { .. } => Some(Problem::Corrupt),
+        FetchError::Unpack { source, .. } => of_sequential(source),
+        FetchError::Store { source, .. } => of_store(source),
+        FetchError::Abandoned { .. } => Some(Problem::Internal),
+    }
+}
+
+fn of_erofs(error: &erofs::Error) -> Option<Problem> {
+    Some(match error {
+        // Whoever reads brings what is absent; nobody is told of it.
+        erofs::Error::Absent { .. } => Problem::Internal,
+        erofs::Error::Io { .. } => Problem::Local,
+        erofs::Error::Features { .. } | erofs::Error::Compressed { .. } => Problem::Unsupported,
+        erofs::Error::NotErofs { .. }
+        | erofs::Error::TooShort { .. }
+        | erofs::Error::DeviceCount { .. }
+        | erofs::Error::DeviceMissing { .. }
+        | erofs::Error::WrongKind { .. }
+        | erofs::Error::Corrupt { .. } => Problem::Corrupt,
+    })
+}
+
+fn of_overlay(error: &overlay::Error<erofs::Error>) -> Option<Problem> {
+    match error {
+        overlay::Error::Layer { source, .. } => of_erofs(source),
+        overlay::Error::Metacopy { .. } | overlay::Error::TooLarge { .. } | overlay::Error::LayerCount(_) => {
+            Some(Problem::Unsupported)
+        }
+        overlay::Error::Redirect { .. } | overlay::Error::Detached { .. } => Some(Problem::Corrupt),
+        overlay::Error::NoLayer(_) => Some(Problem::Internal),
+    }
+}
+
+fn of_vfs(error: &vfs::Error) -> Option<Problem> {
+    match error {
+        vfs::Error::Layer { source, .. } => of_erofs(source),
+        vfs::Error::Refused(error) => of_overlay(error),
+        vfs::Error::LayerCount(_) | vfs::Error::NumberTooLarge { .. } => Some(Problem::Unsupported),
+        vfs::Error::IsADirectory(_) | vfs::Error::NotRegular(_) => Some(Problem::NotFound),
+        vfs::Error::Absent { .. } | vfs::Error::NoSuchInode(_) => Some(Problem::Internal),
+    }
+}
+
+fn of_open(error: &vfs::OpenError) -> Option<Problem> {
+    match error {
+        vfs::OpenError::Bring { source, .. } => known(&**source),
+        vfs::OpenError::Forgotten { .. } => Some(Problem::Internal),
+        vfs::OpenError::Image { source, .. } => of_erofs(source),
+    }
+}
+
+fn of_fuse(error: &fuse::ServeError) -> Option<Problem> {
+    match error {
+        fuse::ServeError::Mount(error) => Some(of_mount(error)),
+        fuse::ServeError::Session { .. } => Some(Problem::Local),
+    }
+}
+
+fn of_mount(error: &MountError) -> Problem {
+    match error {
+        MountError::Missing(_)
+        | MountError::NotADirectory(_)
+        | MountError::Stale(_)
+        | MountError::Busy { .. }
+        | MountError::NotMounted(_)
+        | MountError::InUse(_) => Problem::MountPoint,
+        MountError::NoFuse(_) | MountError::NoHelper(_) => Problem::Unsupported,
+        MountError::Helper { .. } => Problem::Denied,
+        MountError::System { source, .. } => of_io(source),
+    }
+}
+
+fn of_mounts(error: &MountsError) -> Option<Problem> {
+    match error {
+        MountsError::Io { source, .. } => Some(of_io(source)),
+        MountsError::Taken(_) => Some(Problem::MountPoint),
+    }
+}
+
+fn of_browse(error: &BrowseError) -> Option<Problem> {
+    match error {
+        BrowseError::Missing(_)
+        | BrowseError::NotADirectory(_)
+        | BrowseError::NotAFile(_)
+        | BrowseError::TooManyLinks(_) => Some(Problem::NotFound),
+        BrowseError::Bring { source, .. } => known(&**source),
+        BrowseError::Image { source, .. } => of_vfs(source),
+        BrowseError::Write { source, .. } => Some(of_io(source)),
+    }
+}
+
+/// An error of this program may travel inside of one that looks like the kernel's.
+fn of_io_or_inside(error: &io::Error) -> Option<Problem> {
+    let inside = error.get_ref().and_then(|inside| known(inside));
+    inside.or_else(|| Some(of_io(error)))
+}
+
+/// The kernel's errors. Their list is the library's and may grow, so the rest is the machine's fault.
+fn of_io(error: &io::Error) -> Problem {
+    use io::ErrorKind as Kind;
+    match error.kind() {
+        Kind::NotFound => Problem::NotFound,
+        Kind::PermissionDenied => Problem::Denied,
+        Kind::ConnectionRefused | Kind::ConnectionReset | Kind::TimedOut | Kind::HostUnreachable => {
+            Problem::Unreachable
+        }
+        Kind::InvalidData | Kind::UnexpectedEof => Problem::Corrupt,
+        Kind::Unsupported => Problem::Unsupported,
+        _ => Problem::Local,
+    }
+}

@@ -146,3 +146,107 @@ fn choose<'a>(path: &Path, entries: &'a [Entry], image: &ArchiveImage) -> Result
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::super::tarfile::header;
+    use super::*;
+    use crate::layout::LayoutReader;
+    use crate::model::Digest;
+    use crate::oci::Document;
+
+    fn sha256(bytes: &[u8]) -> Digest {
+        Digest::of(Algorithm::Sha256, bytes)
+    }
+
+    fn member(name: &str, content: &[u8]) -> Vec<u8> {
+        let (header, padding) = header(name, content.len() as u64).unwrap();
+        [&header[..], content, &vec![0; padding]].concat()
+    }
+
+    fn link(name: &str, target: &str) -> Vec<u8> {
+        let (mut header, _) = header(name, 0).unwrap();
+        header[156] = b'2';
+        header[157..157 + target.len()].copy_from_slice(target.as_bytes());
+        header[148..156].fill(b' ');
+        let sum: u64 = header.iter().map(|b| u64::from(*b)).sum();
+        header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        header.to_vec()
+    }
+
+    fn archive(members: &[Vec<u8>]) -> tempfile::NamedTempFile {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(&members.concat()).unwrap();
+        file.write_all(&[0; 1024]).unwrap();
+        file
+    }
+
+    fn config(layers: &[&[u8]]) -> String {
+        let ids: Vec<String> = layers.iter().map(|layer| sha256(layer).to_string()).collect();
+        serde_json::json!({"os": "linux", "architecture": "amd64", "rootfs": {"diff_ids": ids}}).to_string()
+    }
+
+    #[test]
+    fn layers_named_twice_linked_and_compressed_are_found() {
+        let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        gzip.write_all(b"three").unwrap();
+        let gzip = gzip.finish().unwrap();
+        let config = config(&[b"one", b"two", b"one", b"three", b"three"]);
+        let listing = r#"[{"Config":"c.json","RepoTags":["busybox:1"],
+            "Layers":["a/layer.tar","b/layer.tar","c/layer.tar","d.tar","d.tar"]}]"#;
+        let file = archive(&[
+            member("a/layer.tar", b"one"),
+            member("b/layer.tar", b"two"),
+            link("c/layer.tar", "../a/layer.tar"),
+            member("d.tar", &gzip),
+            member("c.json", config.as_bytes()),
+            member("manifest.json", listing.as_bytes()),
+        ]);
+        for image in [
+            ArchiveImage::Only,
+            ArchiveImage::Index(0),
+            ArchiveImage::Named("docker.io/library/busybox:1".parse().unwrap()),
+        ] {
+            let reader = LayoutReader::docker_archive(file.path(), &image).unwrap();
+            let bytes = reader.document(reader.top()).unwrap();
+            let Document::Manifest(manifest) = Document::parse_verified(&bytes, reader.top()).unwrap() else {
+                panic!()
+            };
+            let found: Vec<(Digest, &str)> =
+                manifest.layers.iter().map(|layer| (layer.digest.0, layer.media_type.as_str())).collect();
+            let (one, two) = ((sha256(b"one"), media::OCI_LAYER_TAR), (sha256(b"two"), media::OCI_LAYER_TAR));
+            let three = (sha256(&gzip), media::OCI_LAYER_GZIP);
+            assert_eq!(found, [one, two, one, three, three]);
+            for layer in &manifest.layers {
+                assert_eq!(reader.blob_size(&layer.digest).unwrap(), layer.size);
+            }
+            assert_eq!(reader.document(&manifest.config).unwrap(), config.as_bytes());
+        }
+    }
+
+    #[test]
+    fn archives_that_lie_are_refused() {
+        let good = config(&[b"one"]);
+        let entry = |layers: &str| format!(r#"{{"Config":"c.json","RepoTags":["a:1"],"Layers":{layers}}}"#);
+        let (one, two) = (entry(r#"["a.tar"]"#), entry(r#"["a.tar","a.tar"]"#));
+        let missing = ArchiveImage::Named("b:1".parse().unwrap());
+        for (listing, image, message) in [
+            (format!("[{two}]"), ArchiveImage::Only, "it lists 2 layers, its config 1 diffIDs"),
+            (format!("[{}]", entry(r#"["x.tar"]"#)), ArchiveImage::Only, "the layer \"x.tar\" is missing"),
+            (format!("[{one},{one}]"), ArchiveImage::Only, "name one of: a:1, a:1, @0 to @1"),
+            (format!("[{one}]"), ArchiveImage::Index(1), "there is no image @1"),
+            (format!("[{one}]"), missing, "there is no image docker.io/library/b:1"),
+            ("{}".to_owned(), ArchiveImage::Only, "manifest.json cannot be understood"),
+        ] {
+            let file = archive(&[
+                member("a.tar", b"one"),
+                member("c.json", good.as_bytes()),
+                member("manifest.json", listing.as_bytes()),
+            ]);
+            let error = LayoutReader::docker_archive(file.path(), &image).expect_err(message).to_string();
+            assert!(error.contains(message), "{error}");
+        }
+    }
+}

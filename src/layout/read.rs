@@ -100,7 +100,14 @@ impl LayoutReader {
             document: "index.json".into(),
             source,
         })?;
-        let top = choose(path, &index, image)?;
+        let top = match (choose(path, &index, image), image) {
+            // A manifest inside an index is not listed, and is there all the same.
+            (Err(unlisted), LayoutImage::Digest(digest)) => match store.unlisted(digest)? {
+                Some(descriptor) => descriptor,
+                None => return Err(unlisted),
+            },
+            (chosen, _) => chosen?,
+        };
         Ok(Self(Arc::new(Inner { path: path.to_owned(), store, top })))
     }
 
@@ -115,12 +122,7 @@ impl LayoutReader {
     }
 
     fn blob(&self, blob: &BlobDigest) -> Result<BlobAt, LayoutError> {
-        let name = blob_path(blob);
-        let found = match &self.0.store {
-            Store::Directory(path) => open_blob(&path.join(&name))?,
-            Store::Archive(archive) => archive.find(&name)?,
-            Store::Docker(archive) => archive.blob(blob),
-        };
+        let found = self.0.store.blob(blob)?;
         found.ok_or_else(|| LayoutError::NoBlob { path: self.0.path.clone(), blob: *blob })
     }
 
@@ -156,6 +158,24 @@ impl LayoutReader {
 }
 
 impl Store {
+    fn blob(&self, blob: &BlobDigest) -> Result<Option<BlobAt>, LayoutError> {
+        let name = blob_path(blob);
+        match self {
+            Self::Directory(path) => open_blob(&path.join(&name)),
+            Self::Archive(archive) => archive.find(&name),
+            Self::Docker(archive) => Ok(archive.blob(blob)),
+        }
+    }
+
+    /// The descriptor of a manifest or index that is here without being listed.
+    fn unlisted(&self, digest: &BlobDigest) -> Result<Option<Descriptor>, LayoutError> {
+        let Some(bytes) = self.blob(digest)?.and_then(|blob| blob.read_all(DOCUMENT_LIMIT).ok()) else {
+            return Ok(None);
+        };
+        let document = verify_digest(digest, &bytes).and_then(|()| Document::parse(&bytes, None));
+        Ok(document.ok().map(|document| Descriptor::new(document.media_type(), *digest, bytes.len() as u64)))
+    }
+
     /// A file that is not a blob.
     fn control(&self, name: &str) -> Result<Option<BlobAt>, LayoutError> {
         match self {

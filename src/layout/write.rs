@@ -30,6 +30,8 @@ pub struct LayoutWriter {
     /// Under which name the image is listed.
     tag: Option<String>,
     target: Target,
+    /// True if the layout was not there before.
+    made: bool,
 }
 
 #[derive(Debug)]
@@ -38,6 +40,7 @@ enum Target {
     Archive(Box<Mutex<Option<ArchiveWriter>>>),
 }
 
+/// An archive in the making. Its lock is held while a member is written: members follow each other in the file.
 #[derive(Debug)]
 struct ArchiveWriter {
     file: NamedTempFile,
@@ -51,23 +54,23 @@ impl LayoutWriter {
     /// # Errors
     /// The directory holds something else, or cannot be written.
     pub fn directory(path: &Path, tag: Option<&str>) -> Result<Self, LayoutError> {
-        let blobs = path.join("blobs").join(Algorithm::Sha256.name());
+        std::fs::create_dir_all(path).map_err(LayoutError::io("make", path))?;
+        // Another process may be making the same layout: whoever holds the lock finds all of it or nothing.
+        let lock = lock_directory(path)?;
         let marker = path.join("oci-layout");
-        match std::fs::read_dir(path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(LayoutError::io("open the layout", path)(error)),
-            Ok(mut entries) => {
-                if entries.next().is_some() && !marker.exists() {
-                    let reason = "it is not empty and has no file oci-layout".to_owned();
-                    return Err(LayoutError::NoLayout { path: path.to_owned(), reason });
-                }
+        let made = !marker.exists();
+        if made {
+            let mut entries = std::fs::read_dir(path).map_err(LayoutError::io("open the layout", path))?;
+            if entries.next().is_some() {
+                let reason = "it is not empty and has no file oci-layout".to_owned();
+                return Err(LayoutError::NoLayout { path: path.to_owned(), reason });
             }
-        }
-        std::fs::create_dir_all(&blobs).map_err(LayoutError::io("make", blobs))?;
-        if !marker.exists() {
             replace(path, &marker, MARKER)?;
         }
-        Ok(Self { path: path.to_owned(), tag: tag.map(str::to_owned), target: Target::Directory })
+        drop(lock);
+        let blobs = path.join("blobs").join(Algorithm::Sha256.name());
+        std::fs::create_dir_all(&blobs).map_err(LayoutError::io("make", blobs))?;
+        Ok(Self { path: path.to_owned(), tag: tag.map(str::to_owned), target: Target::Directory, made })
     }
 
     /// Writes a tarred layout to the file `path`, which [`finish`](Self::finish) replaces.
@@ -78,7 +81,7 @@ impl LayoutWriter {
         let file = temporary(directory_of(path))?;
         let writer = ArchiveWriter { file, blobs: HashSet::new(), index: Index::new(Vec::new()) };
         let target = Target::Archive(Box::new(Mutex::new(Some(writer))));
-        Ok(Self { path: path.to_owned(), tag: tag.map(str::to_owned), target })
+        Ok(Self { path: path.to_owned(), tag: tag.map(str::to_owned), target, made: false })
     }
 
     /// The directory or file.
@@ -179,10 +182,12 @@ impl LayoutWriter {
             }
             Target::Directory => {
                 let path = self.path.join("index.json");
-                let directory = File::open(&self.path).map_err(LayoutError::io("open", &self.path))?;
-                // Other processes may list their images at the same time; the lock ends with the descriptor.
-                rustix::fs::flock(&directory, rustix::fs::FlockOperation::LockExclusive)
-                    .map_err(|errno| LayoutError::io("lock", &self.path)(errno.into()))?;
+                let marker = self.path.join("oci-layout");
+                // Other processes may list their images at the same time.
+                let directory = lock_directory(&self.path)?;
+                if !marker.exists() {
+                    replace(&self.path, &marker, MARKER)?;
+                }
                 let mut index = read_index(&path)?;
                 enlist(&mut index, entry);
                 replace(&self.path, &path, &index.to_json())?;
@@ -246,6 +251,32 @@ impl LayoutWriter {
         });
         written.map_err(LayoutError::io("write", &self.path))
     }
+}
+
+impl Drop for LayoutWriter {
+    /// Takes away a layout that was made for an image that never came. Blobs that arrived stay: they are whole, and the
+    /// next try finds them.
+    fn drop(&mut self) {
+        if !self.made || self.path.join("index.json").exists() {
+            return;
+        }
+        let Ok(_lock) = lock_directory(&self.path) else { return };
+        let blobs = self.path.join("blobs");
+        let empty =
+            std::fs::remove_dir(blobs.join(Algorithm::Sha256.name())).and_then(|()| std::fs::remove_dir(&blobs));
+        if empty.is_ok() && !self.path.join("index.json").exists() {
+            drop(std::fs::remove_file(self.path.join("oci-layout")));
+            drop(std::fs::remove_dir(&self.path));
+        }
+    }
+}
+
+/// The directory, locked against other writers until it is closed.
+fn lock_directory(path: &Path) -> Result<File, LayoutError> {
+    let directory = File::open(path).map_err(LayoutError::io("open", path))?;
+    rustix::fs::flock(&directory, rustix::fs::FlockOperation::LockExclusive)
+        .map_err(|errno| LayoutError::io("lock", path)(errno.into()))?;
+    Ok(directory)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -312,4 +343,68 @@ fn persist(file: NamedTempFile, path: &Path) -> Result<(), LayoutError> {
     file.as_file().sync_data().map_err(write())?;
     file.persist(path).map_err(|error| write()(error.error))?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::LayoutReader;
+    use crate::oci::{LayoutImage, media};
+
+    #[test]
+    fn writers_of_one_layout_lose_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("layout");
+        let top = |tag: &str| Descriptor::of(media::OCI_MANIFEST, tag.as_bytes());
+        let tags: Vec<String> = (0..16).map(|tag| format!("t{tag}")).collect();
+        std::thread::scope(|scope| {
+            for tag in &tags {
+                scope.spawn(|| {
+                    let writer = LayoutWriter::directory(&path, Some(tag)).unwrap();
+                    writer.put_bytes(&top(tag).digest, tag.as_bytes()).unwrap();
+                    writer.list(&top(tag)).unwrap();
+                });
+            }
+        });
+        for tag in &tags {
+            let reader = LayoutReader::directory(&path, &LayoutImage::Named(tag.clone())).unwrap();
+            assert_eq!(reader.top().digest, top(tag).digest);
+        }
+    }
+
+    #[test]
+    fn an_unfinished_archive_leaves_what_was_there() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("image.tar");
+        std::fs::write(&path, "old").unwrap();
+        let writer = LayoutWriter::archive(&path, None).unwrap();
+        writer.put_bytes(&Descriptor::of("", b"x").digest, b"x").unwrap();
+        drop(writer);
+        assert_eq!(std::fs::read(&path).unwrap(), b"old");
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_layout_for_an_image_that_never_came_goes_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("layout");
+        drop(LayoutWriter::directory(&path, None).unwrap());
+        assert!(!path.exists());
+        let writer = LayoutWriter::directory(&path, None).unwrap();
+        writer.put_bytes(&Descriptor::of("", b"x").digest, b"x").unwrap();
+        drop(writer);
+        let again = LayoutWriter::directory(&path, None).unwrap();
+        assert!(again.has_blob(&Descriptor::of("", b"x").digest, 1).unwrap());
+    }
+
+    #[test]
+    fn a_blob_of_another_size_is_not_taken() {
+        let directory = tempfile::tempdir().unwrap();
+        let writer = LayoutWriter::directory(directory.path(), None).unwrap();
+        let blob = Descriptor::of("", b"abc").digest;
+        let mut spooled = writer.spool().unwrap();
+        spooled.write_all(b"ab").unwrap();
+        assert!(matches!(writer.put_blob(spooled, &blob, 3), Err(LayoutError::Size { expected: 3, found: 2, .. })));
+        assert!(!writer.has_blob(&blob, 3).unwrap());
+    }
 }

@@ -109,18 +109,22 @@ impl Authenticator {
         self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// What to send along for `scope`; nothing before the server has asked. `reach` gives the client for a token server.
-    pub(super) async fn proof(
-        &self,
-        scope: &Scope,
-        reach: impl Fn(&Url) -> Result<reqwest::Client, TryError>,
-    ) -> Result<Option<Proof>, TryError> {
+    /// Who gives out the tokens for `scope`, if tokens are what is wanted.
+    pub(super) fn token_server(&self, scope: &Scope) -> Option<Url> {
+        match self.state().methods.get(scope)? {
+            Method::Bearer { realm, .. } => Some(realm.clone()),
+            Method::Fixed(_) => None,
+        }
+    }
+
+    /// What to send along for `scope`; nothing before the server has asked. `http` reaches the token server.
+    pub(super) async fn proof(&self, scope: &Scope, http: reqwest::Client) -> Result<Option<Proof>, TryError> {
         let method = self.state().methods.get(scope).cloned();
         match method {
             None => Ok(None),
             Some(Method::Fixed(header)) => Ok(Some(Proof { header, token: None })),
             Some(Method::Bearer { realm, service, scopes }) => {
-                let (pending, fresh) = self.pending_token(scope, reach(&realm)?, realm, service, scopes);
+                let (pending, fresh) = self.pending_token(scope, http, realm, service, scopes);
                 let token = pending.await?;
                 Ok(Some(Proof { header: token.header.clone(), token: Some((token, fresh)) }))
             }

@@ -2,7 +2,7 @@
 //!
 //! Credentials and configured headers go to the server itself and to no other origin, wherever it points.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderName, HeaderValue, LOCATION};
@@ -13,7 +13,7 @@ use super::auth::{Authenticator, Proof, Scope};
 use super::credentials::CredentialConfig;
 use super::error::TryError;
 use super::exchange::{Wait, refusal, send};
-use super::hosts::{Capabilities, HostSpec, HostsError, authority};
+use super::hosts::{Capabilities, HostSpec, HostsError, authority, is_loopback};
 use super::retry::{Patience, classify};
 use super::secret::SafeUrl;
 
@@ -70,7 +70,7 @@ pub(super) struct Endpoint {
     http: reqwest::Client,
     /// For everybody else: the same trust, no certificate of ours. Made when first needed, because it reads the
     /// system's authorities.
-    stranger: Mutex<Option<reqwest::Client>>,
+    stranger: OnceLock<reqwest::Client>,
     spec: HostSpec,
     connect: Duration,
     user_agent: String,
@@ -108,7 +108,7 @@ impl Endpoint {
             mirror_of: spec.mirror.then(|| registry.to_owned()),
             headers,
             http,
-            stranger: Mutex::new(None),
+            stranger: OnceLock::new(),
             connect: patience.connect,
             user_agent: user_agent.to_owned(),
             authenticator: Authenticator::new(host, plain, credentials, wait.clone()),
@@ -162,17 +162,18 @@ impl Endpoint {
     }
 
     async fn proof(&self, scope: &Scope) -> Result<Option<Proof>, TryError> {
-        let reach = |realm: &Url| {
-            if realm.origin() == self.base.origin() { Ok(self.http.clone()) } else { self.http_for_strangers() }
+        let http = match self.authenticator.token_server(scope) {
+            Some(realm) if realm.origin() != self.base.origin() => self.http_for_strangers().await?,
+            _ => self.http.clone(),
         };
-        self.authenticator.proof(scope, reach).await
+        self.authenticator.proof(scope, http).await
     }
 
     /// Asks an address that was learned from a redirect: nothing of ours goes along.
     pub(super) async fn ask_stranger(&self, url: Url, headers: &HeaderMap) -> Result<Response, TryError> {
         let mut request = Request::new(Method::GET, url);
         request.headers_mut().extend(headers.clone());
-        let response = send(&self.http_for_strangers()?, request, &self.wait).await?;
+        let response = send(&self.http_for_strangers().await?, request, &self.wait).await?;
         if response.status().is_success() { Ok(response) } else { Err(refusal(response, &self.wait).await) }
     }
 
@@ -212,7 +213,7 @@ impl Endpoint {
             if let Some(body) = ask.body {
                 *request.body_mut() = Some(body());
             }
-            let http = if at_home { self.http.clone() } else { self.http_for_strangers()? };
+            let http = if at_home { self.http.clone() } else { self.http_for_strangers().await? };
             tracing::debug!(method = %ask.method, url = %SafeUrl::from(&url), "request");
             let response = match ask.body {
                 // An upload takes its time; whoever makes the body watches its progress.
@@ -238,15 +239,17 @@ impl Endpoint {
         }
     }
 
-    fn http_for_strangers(&self) -> Result<reqwest::Client, TryError> {
-        let mut stranger = self.stranger.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if let Some(http) = &*stranger {
+    async fn http_for_strangers(&self) -> Result<reqwest::Client, TryError> {
+        if let Some(http) = self.stranger.get() {
             return Ok(http.clone());
         }
-        let http = build(&self.spec, self.connect, &self.user_agent, false, false)
-            .map_err(|error| TryError::Setup(Arc::new(error)))?;
-        *stranger = Some(http.clone());
-        Ok(http)
+        let (spec, connect, user_agent) = (self.spec.clone(), self.connect, self.user_agent.clone());
+        let built = tokio::task::spawn_blocking(move || build(&spec, connect, &user_agent, false, false)).await;
+        let http = match built {
+            Ok(built) => built.map_err(|error| TryError::Setup(Arc::new(error)))?,
+            Err(broken) => std::panic::resume_unwind(broken.into_panic()),
+        };
+        Ok(self.stranger.get_or_init(|| http).clone())
     }
 }
 
@@ -282,6 +285,10 @@ fn build(
         .user_agent(user_agent)
         .connect_timeout(connect)
         .tcp_keepalive(Duration::from_secs(30));
+    // Go's programs never ask a proxy for the machine itself; a proxy could not reach it either.
+    if is_loopback(&spec.base) {
+        builder = builder.no_proxy();
+    }
     if plain {
         builder = builder.tls_certs_only([]);
     } else {

@@ -13,7 +13,7 @@ use super::{TransportError, blocking};
 use crate::layout::LayoutWriter;
 use crate::model::{BlobDigest, ByteRange, Hasher};
 use crate::oci::{Descriptor, ImageName, Reference};
-use crate::registry::{BlobContent, Client, Pushed};
+use crate::registry::{BlobContent, Client, Pushed, is_transient};
 
 /// A file that waits to become a blob. It vanishes with its owner.
 pub type Spool = NamedTempFile;
@@ -128,9 +128,14 @@ impl ImageSink {
         let blob = &descriptor.digest;
         if let (Kind::Registry { client, name, .. }, Some(from)) = (&self.kind, source.name())
             && from.host() == name.host()
-            && client.mount_blob(name, blob, from.repository()).await?
         {
-            return Ok(Pushed::Mounted);
+            match client.mount_blob(name, blob, from.repository()).await {
+                Ok(true) => return Ok(Pushed::Mounted),
+                Ok(false) => {}
+                Err(error) if is_transient(&error) => return Err(error.into()),
+                // A registry may forbid what it need not do; copying always works.
+                Err(error) => tracing::debug!(%blob, %error, "a blob could not be mounted"),
+            }
         }
         if self.has_blob(blob, descriptor.size).await? {
             return Ok(Pushed::Present);

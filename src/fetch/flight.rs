@@ -23,9 +23,11 @@ const RETRIES: u32 = 3;
 /// Pause before the first of them; doubled each time.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// How long a background flight waits before each chunk while others are under way for somebody who waits. Long enough
-/// to leave them nearly all of a slow link, short enough that a reader who never stops does not stop the background.
-const GIVE_WAY: Duration = Duration::from_millis(100);
+/// How long a background flight waits before each chunk while others are under way for somebody who waits, and how often
+/// it looks meanwhile whether somebody waits for itself by now. 100 ms in all are long enough to leave nearly all of a
+/// slow link to the others, and short enough that a reader who never stops does not stop the background.
+const GIVE_WAY_TURN: Duration = Duration::from_millis(10);
+const GIVE_WAY_TURNS: u32 = 10;
 
 /// Answers for the chunks of a flight that have not reached the CPU pool, whatever happens to the flight.
 pub(super) struct FlightGuard {
@@ -62,11 +64,14 @@ impl FlightGuard {
             return;
         }
         let mut demand = self.shared.demand.subscribe();
-        if *demand.borrow_and_update() == 0 || self.shared.lock().queue.is_awaited(&self.flight, self.next) {
-            return;
+        for _ in 0..GIVE_WAY_TURNS {
+            if self.shared.lock().queue.is_awaited(&self.flight, self.next) {
+                return;
+            }
+            if timeout(GIVE_WAY_TURN, demand.wait_for(|flights| *flights == 0)).await.is_ok() {
+                return;
+            }
         }
-        // Whether there was peace or not, the next chunk has its turn.
-        drop(timeout(GIVE_WAY, demand.wait_for(|flights| *flights == 0)).await);
     }
 
     fn fail(&mut self, error: &Arc<FetchError>) {

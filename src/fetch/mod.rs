@@ -72,9 +72,10 @@ pub struct FetchConfig {
     pub head: u64,
     /// Bytes of chunks kept in memory while the disk is full.
     pub spare: usize,
-    /// Longest time until a source answers at all.
+    /// Longest time until a source answers at all. Sources have their own patience, try again and go to mirrors; this is
+    /// for one that never comes back, so it is longer than theirs. Who waits is answered by the deadline before.
     pub open_timeout: Duration,
-    /// Longest time between two pieces of an answer.
+    /// Longest time between two pieces of an answer, for the same case.
     pub stall_timeout: Duration,
     /// Longest time until a read or a look at metadata is answered, by an error then.
     pub deadline: Duration,
@@ -91,8 +92,8 @@ impl Default for FetchConfig {
             read_ahead: 8 << 20,
             head: 256 << 10,
             spare: 16 << 20,
-            open_timeout: Duration::from_secs(30),
-            stall_timeout: Duration::from_secs(20),
+            open_timeout: Duration::from_secs(180),
+            stall_timeout: Duration::from_secs(180),
             deadline: Duration::from_secs(60),
         }
     }

@@ -14,7 +14,7 @@ use super::waiter::Waiter;
 use super::{FetchError, LayerImage, LayerSpec, LayerState};
 use crate::chunked::{Compression, SequentialError, SequentialReader};
 use crate::model::{ByteRange, Hasher};
-use crate::store::{Anchor, BlobFile, StoreError, WholeWriter};
+use crate::store::{BlobFile, StoreError, WholeWriter};
 
 /// The largest image that is unpacked: as large as one with an index can be at the usual chunk size.
 const MAX_IMAGE_SIZE: u64 = 256 << 30;
@@ -269,7 +269,5 @@ fn unpack(layer: &LayerImage, mut pieces: mpsc::Receiver<Bytes>) -> Result<Optio
             found: Box::new(summary.diff_id),
         });
     }
-    writer.commit(summary.diff_id).map_err(stored)?;
-    let file = store.existing(&blob, Anchor::Whole).map_err(stored)?;
-    Ok(file)
+    store.keep_whole(&writer, summary.diff_id).map(Some).map_err(stored)
 }

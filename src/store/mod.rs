@@ -46,7 +46,7 @@ pub use error::StoreError;
 pub use meta::{Anchor, BlobSpec, Verdict};
 pub use whole::WholeWriter;
 
-use crate::model::{BlobDigest, Digest};
+use crate::model::{BlobDigest, DiffId, Digest};
 use crate::sys::{FileLock, LockMode};
 use sync::Syncer;
 
@@ -180,6 +180,32 @@ impl Store {
     /// See [`StoreError`].
     pub fn write_whole(&self, blob: &BlobDigest) -> Result<WholeWriter, StoreError> {
         WholeWriter::begin(&self.tmp(), self.place(blob, Anchor::Whole), *blob)
+    }
+
+    /// Puts the image of `writer`, which is complete, has been verified and hashes to `diff_id`, into the store. If
+    /// somebody else has put it there meanwhile, theirs stays. Waits for the disk.
+    ///
+    /// # Errors
+    /// See [`StoreError`].
+    pub fn keep_whole(&self, writer: &WholeWriter, diff_id: DiffId) -> Result<Arc<BlobFile>, StoreError> {
+        writer.finish(diff_id)?;
+        loop {
+            let published = writer.publish()?;
+            match self.existing(writer.blob(), Anchor::Whole)? {
+                Some(found) if matches!(found.verdict(), Verdict::Verified(_)) => return Ok(found),
+                // Its marks were damaged, and nobody can tell what of it is there.
+                Some(found) => {
+                    drop(found);
+                    self.discard(writer.place())?;
+                }
+                None => {}
+            }
+            if published {
+                // It was there and is gone again: the writer has nothing left to publish.
+                let (path, gone) = (writer.place(), io::Error::from(io::ErrorKind::NotFound));
+                return Err(StoreError::io("find", path, gone));
+            }
+        }
     }
 
     fn place(&self, blob: &BlobDigest, anchor: Anchor) -> PathBuf {

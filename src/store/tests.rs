@@ -357,8 +357,7 @@ fn a_whole_image_appears_at_once_and_keeps_its_holes() {
     }
     assert!(store.existing(&blob, Anchor::Whole).unwrap().is_none());
     let found = DiffId(digest(&image));
-    writer.commit(found).unwrap();
-    let file = store.existing(&blob, Anchor::Whole).unwrap().unwrap();
+    let file = store.keep_whole(&writer, found).unwrap();
     assert_eq!(
         (file.spec().image_size, file.verdict(), file.is_complete()),
         (size as u64, Verdict::Verified(found), true)
@@ -372,9 +371,30 @@ fn a_whole_image_appears_at_once_and_keeps_its_holes() {
     drop(store.write_whole(&blob).unwrap());
     let mut second = store.write_whole(&blob).unwrap();
     second.write_all(b"the same blob again").unwrap();
-    second.commit(found).unwrap();
-    assert_eq!(store.existing(&blob, Anchor::Whole).unwrap().unwrap().spec().image_size, size as u64);
+    assert_eq!(store.keep_whole(&second, found).unwrap().spec().image_size, size as u64);
+    drop((writer, second));
     assert_eq!(fs::read_dir(root.path().join("tmp")).unwrap().count(), 0);
+}
+
+#[test]
+fn a_whole_image_whose_marks_are_damaged_is_replaced() {
+    let root = TempDir::new().unwrap();
+    let blob = spec().blob;
+    let write = |store: &Store, bytes: &[u8]| {
+        let mut writer = store.write_whole(&blob).unwrap();
+        writer.write_all(bytes).unwrap();
+        store.keep_whole(&writer, DiffId(digest(bytes))).unwrap()
+    };
+    let store = store_at(&root, 1);
+    drop(write(&store, b"first"));
+    flip(&store.place(&blob, Anchor::Whole).join("present"), 64);
+    drop(store);
+    let store = store_at(&root, 2);
+    assert_eq!(store.existing(&blob, Anchor::Whole).unwrap().unwrap().verdict(), Verdict::Unverified);
+    let file = write(&store, b"second");
+    let mut buf = [0; 6];
+    file.read_exact_at(0, &mut buf).unwrap();
+    assert_eq!((&buf, file.verdict()), (b"second", Verdict::Verified(DiffId(digest(b"second")))));
 }
 
 #[test]

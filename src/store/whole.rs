@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
@@ -18,7 +18,7 @@ use crate::sys::{FileLock, LockMode};
 /// Runs of zeros are left out in steps of this: the block size of nearly every file system.
 const BLOCK: usize = 4096;
 
-/// An image in the making. Nobody sees it before [`WholeWriter::commit`]; dropped before, it leaves nothing.
+/// An image in the making. Nobody sees it before [`Store::keep_whole`](super::Store::keep_whole); dropped before, it leaves nothing.
 #[derive(Debug)]
 pub struct WholeWriter {
     made: TempDir,
@@ -30,7 +30,7 @@ pub struct WholeWriter {
 }
 
 impl WholeWriter {
-    pub(super) fn begin(tmp: &std::path::Path, place: PathBuf, blob: BlobDigest) -> Result<Self, StoreError> {
+    pub(super) fn begin(tmp: &Path, place: PathBuf, blob: BlobDigest) -> Result<Self, StoreError> {
         let made = files::temp_dir(tmp)?;
         let lock = made.path().join(blob::LOCK);
         files::touch(&lock)?;
@@ -41,12 +41,8 @@ impl WholeWriter {
         Ok(Self { made, place, blob, image, size: 0, _used: used })
     }
 
-    /// Puts the image, which is complete, has been verified and hashes to `diff_id`, into the store. If somebody else
-    /// has put it there meanwhile, theirs stays. Waits for the disk.
-    ///
-    /// # Errors
-    /// See [`StoreError`].
-    pub fn commit(self, diff_id: DiffId) -> Result<(), StoreError> {
+    /// Makes the image, which is complete, has been verified and hashes to `diff_id`, last. Waits for the disk.
+    pub(super) fn finish(&self, diff_id: DiffId) -> Result<(), StoreError> {
         let dir = self.made.path();
         self.image
             .set_len(self.size)
@@ -56,9 +52,20 @@ impl WholeWriter {
         let meta = Meta::new(&spec, Verdict::Verified(diff_id)).to_bytes();
         files::replace(&dir.join(blob::INDEX), b"", Durability::Synced)?;
         files::replace(&dir.join(blob::PRESENT), &Bits::all(1).to_present(), Durability::Synced)?;
-        files::replace(&dir.join(blob::META), &meta, Durability::Synced)?;
-        files::publish(dir, &self.place)?;
-        Ok(())
+        files::replace(&dir.join(blob::META), &meta, Durability::Synced)
+    }
+
+    /// Shows it to everybody. False if there is something at its place.
+    pub(super) fn publish(&self) -> Result<bool, StoreError> {
+        files::publish(self.made.path(), &self.place)
+    }
+
+    pub(super) const fn blob(&self) -> &BlobDigest {
+        &self.blob
+    }
+
+    pub(super) fn place(&self) -> &Path {
+        &self.place
     }
 }
 

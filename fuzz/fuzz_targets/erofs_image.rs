@@ -1,5 +1,6 @@
 //! A foreign EROFS image, walked as a mount does. Nothing may panic, hang or take memory beyond what is there; the
-//! answers agree with each other; and an image whose bytes arrive one block at a time gives the same ones.
+//! answers agree with each other; and an image whose bytes arrive one block at a time gives the same ones. The verifier
+//! and the dump do no more work than the image's size allows.
 //!
 //! Input: one byte of choices, two bytes that say at which block of 512 bytes a second device begins, the image.
 #![no_main]
@@ -10,6 +11,7 @@ use std::sync::Mutex;
 
 use headstart::erofs::{Error, ExtentSource, Image, Nid};
 use headstart::model::{ByteRange, FileKind, ReadAt, ReadAtError};
+use headstart::testkit::abuse::abuse_erofs_whole;
 use libfuzzer_sys::fuzz_target;
 
 /// Inodes that a walk looks at.
@@ -30,6 +32,8 @@ fuzz_target!(|input: &[u8]| {
     }
     let split = usize::from(u16::from_le_bytes([*low, *high])) * 512;
     let device = image.split_off(if choice & 2 == 0 { image.len() } else { split.min(image.len()) });
+    let devices: &[&[u8]] = if choice & 2 == 0 { &[] } else { &[&device] };
+    abuse_erofs_whole(&image, devices);
     let devices = if choice & 2 == 0 { vec![] } else { vec![device.clone()] };
     let eager = open(image.clone(), devices).map(|image| walk(&image));
     let devices = if choice & 2 == 0 { vec![] } else { vec![Arriving::new(device)] };

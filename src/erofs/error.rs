@@ -81,7 +81,7 @@ pub enum Defect {
         block: u64,
     },
     /// A name that cannot be.
-    #[error("{0}")]
+    #[error(transparent)]
     Name(#[from] NameError),
     /// A directory without `..`.
     #[error("the directory does not name the one that holds it")]
@@ -198,7 +198,7 @@ pub enum Error {
         found: FileKind,
     },
     /// The image contradicts the format.
-    #[error("the EROFS image is damaged in {place} (byte {offset}): {defect}")]
+    #[error("the EROFS image is damaged in {place} (byte {offset})")]
     Corrupt {
         /// In which structure.
         place: Place,

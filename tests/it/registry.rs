@@ -5,13 +5,14 @@ use std::time::Duration;
 
 use axum::http::Method;
 use axum::http::header::{CONTENT_LENGTH, HeaderName};
-use futures::TryStreamExt as _;
+use futures::{StreamExt as _, TryStreamExt as _};
 use headstart::model::{BlobDigest, BlobSource, ByteRange, SourceError};
 use headstart::oci::{Descriptor, ImageName, media};
 use headstart::registry::{
     Client, ClientConfig, CredentialConfig, Credentials, Patience, RegistryError, RemoteBlobs, Secret, is_transient,
 };
 use headstart::testkit::registry::{Door, Fault, FaultyRegistry, Seen};
+use proptest::prelude::*;
 
 /// Everything that must never be seen in a message.
 const SECRETS: [&str; 5] = ["hunter2", "secret-token", "sig=", "secret-state", "identity-secret"];
@@ -564,4 +565,73 @@ async fn an_unreadable_hosts_file_is_reported() {
     let client = Client::new(hosts_toml(root.path(), "registry.example", "capabilities = ['pull']"));
     let error = client.resolve(&name("registry.example", "app")).await.unwrap_err();
     assert!(shown(&error).contains("certs.d allows no server of registry.example to do that"), "{}", shown(&error));
+}
+
+/// What may happen to one answer.
+fn any_fault() -> impl Strategy<Value = Option<Fault>> {
+    prop_oneof![
+        2 => Just(None),
+        1 => (0..3000_usize).prop_map(|after| Some(Fault::Cut(after))),
+        1 => (1..3000_usize).prop_map(|count| Some(Fault::Short(count))),
+        1 => Just(Some(Fault::IgnoreRange)),
+        1 => Just(Some(Fault::Status(503, vec![]))),
+        1 => Just(Some(Fault::Redirect("store".to_owned()))),
+        1 => Just(Some(Fault::ContentRange("bytes 0-0/1"))),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(128))]
+
+    /// Whatever happens on the way, a stream gives the right bytes in the right order, as many as it was asked for or
+    /// fewer and an error.
+    #[test]
+    fn streams_are_exact_or_fail(
+        start in 0..4000_usize,
+        length in 0..4000_usize,
+        faults in proptest::collection::vec(any_fault(), 0..8),
+    ) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let (registry, store) = (FaultyRegistry::start().await, FaultyRegistry::start().await);
+            let bytes = noise(4000);
+            let blob = registry.put_blob(bytes.clone());
+            store.put_blob(bytes.clone());
+            let faults: Vec<Fault> = faults
+                .into_iter()
+                .map(|fault| match fault {
+                    Some(Fault::Redirect(_)) => Fault::Redirect(store.url()),
+                    Some(fault) => fault,
+                    None => Fault::With(HeaderName::from_static("x-good"), "yes".to_owned()),
+                })
+                .collect();
+            let harmless = faults.iter().all(|fault| {
+                matches!(fault, Fault::With(..) | Fault::Short(_) | Fault::IgnoreRange | Fault::Redirect(_))
+            });
+            for fault in faults {
+                registry.script(Method::GET, "/blobs/", fault, 1);
+            }
+            let end = (start + length).min(4000);
+            let blobs = RemoteBlobs::new(Client::new(config()), name(&registry.host(), "app"));
+            let mut got = Vec::new();
+            let mut failed = false;
+            match blobs.open(blob, range(start.min(end), end), 0).await {
+                Err(_) => failed = true,
+                Ok(mut stream) => {
+                    while let Some(piece) = stream.next().await {
+                        prop_assert!(!failed, "something followed an error");
+                        match piece {
+                            Ok(piece) => got.extend_from_slice(&piece),
+                            Err(_) => failed = true,
+                        }
+                    }
+                }
+            }
+            let wanted = &bytes[start.min(end)..end];
+            prop_assert!(wanted.starts_with(&got), "wrong bytes");
+            prop_assert!(failed || got.len() == wanted.len(), "the stream ended early without an error");
+            prop_assert!(!(failed && harmless), "harmless answers made it fail");
+            Ok(())
+        })?;
+    }
 }

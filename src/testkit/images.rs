@@ -7,7 +7,7 @@ use std::convert::Infallible;
 
 use super::tree::{Content, Listing, Node};
 use crate::erofs::writer::{
-    Area, BLOCK_SIZE, DataBlock, Extents, FileData, ImageIdentity, LayerRole, Plan, Tree, TreeError,
+    Area, BLOCK_SIZE, DataBlock, EarlyLayout, Extents, FileData, ImageIdentity, LayerRole, Plan, Tree, TreeError,
 };
 use crate::model::{
     Algorithm, Attributes, DeviceNumber, Digest, EntryKind, FileKind, LayerEntry, Metadata, RelPath, Xattr,
@@ -101,7 +101,7 @@ pub fn image_of(role: LayerRole, entries: &[EntryWithContent]) -> Result<Vec<u8>
     let plan = Plan::new(tree, ImageIdentity::of_source(&Digest::of(Algorithm::Sha256, b"test")))?;
     let mut image = Vec::new();
     let blocks = u32::try_from(stored.len() as u64 / BLOCK_SIZE).map_err(|_| TreeError::TooLarge)?;
-    plan.write_metadata(0, blocks, &mut image).map_err(|_| TreeError::TooLarge)?;
+    plan.write_metadata(&EarlyLayout::default(), blocks, &mut image).map_err(|_| TreeError::TooLarge)?;
     assert_eq!(image.len() as u64, plan.metadata_size(), "as much metadata is written as was counted");
     image.extend_from_slice(&stored);
     Ok(image)

@@ -17,7 +17,7 @@ use headstart::testkit::images::{
     EntryWithContent, directory, file, hard_link, listing_of, opaque, path, symlink, whiteout,
 };
 use headstart::testkit::layers::{layer_tars, plain_tar};
-use headstart::testkit::tar::TarWriter;
+use headstart::testkit::tar::{RawHeader, TarWriter};
 use headstart::testkit::tree::{Listing, pattern};
 use proptest::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
@@ -144,7 +144,7 @@ fn metadata_and_files_have_chunks_of_their_own() {
     let image = image_in(&blob, &layer);
     let chunks: Vec<_> = index_of(&blob, &layer).iter().map(|chunk| chunk.image).collect();
     let metadata = layer.statistics.metadata_bytes;
-    assert!(metadata > 2 * 16 << 10);
+    assert!(metadata > 32 << 10);
     let starts: BTreeMap<u64, u64> = chunks.iter().map(|chunk| (chunk.start(), chunk.len())).collect();
     assert!(starts.contains_key(&metadata), "data begins with a chunk of its own");
     assert!(starts.range(..metadata).all(|(_, len)| *len <= 16 << 10));
@@ -196,6 +196,148 @@ fn bytes_depend_on_nothing_but_the_tar_and_the_options() {
         LayerOptions::new(LayerRole::Bottom, DiffId(Digest::of(Algorithm::Sha256, b"other")), &std::env::temp_dir());
     assert_ne!(convert(&tar, &other).1.diff_id, layer.diff_id);
     assert_eq!(layer.diff_id.to_string(), "sha256:7af2c780bb59e72b0e60c80763c3aaf8575a496a55e72ac106c118160c93f6f4");
+}
+
+#[test]
+fn files_of_the_start_up_profile_come_first_in_its_order() {
+    let mut sparse = pattern(20_000);
+    sparse.resize(2_000_000, 0);
+    sparse.extend(pattern(10_000));
+    let names = ["a", "b", "c", "d", "e"];
+    let mut entries: Vec<_> =
+        names.iter().map(|name| file(name, &pattern(50_000 + usize::from(name.as_bytes()[0])))).collect();
+    entries.insert(2, file("sparse", &sparse));
+    entries.push(file("empty", b""));
+    entries.push(hard_link("also d", "d"));
+    let mut options = options(LayerRole::Bottom);
+    options.early = ["d", "missing", "sparse", "empty", "b", "d"].map(path).into();
+    let tar = tar_of(&entries);
+    let (blob, layer) = convert(&tar, &options);
+    let image = image_in(&blob, &layer);
+    let image = Image::open(image.as_slice()).unwrap();
+    let expected = listing_of(LayerRole::Bottom, &entries).unwrap().without_directory_sizes();
+    Listing::of_image(&image).unwrap().without_directory_sizes().assert_equals(&expected);
+
+    let root = image.root_inode().unwrap();
+    let mut places = Vec::new();
+    for name in ["a", "b", "c", "d", "e", "sparse"] {
+        let inode = image.inode(image.lookup(&root, name.as_bytes()).unwrap().unwrap().nid).unwrap();
+        for extent in image.extents(&inode, headstart::model::ByteRange::to(inode.attributes().size)) {
+            if let headstart::erofs::ExtentSource::Data { offset, .. } = extent.unwrap().source {
+                places.push((offset, name));
+            }
+        }
+    }
+    places.sort_unstable();
+    let mut order: Vec<&str> = places.iter().map(|(_, name)| *name).collect();
+    order.dedup();
+    assert_eq!(order, ["d", "sparse", "b", "a", "c", "e"]);
+    assert_eq!(places[0].0, layer.statistics.metadata_bytes);
+    let boundary = places.iter().find(|(_, name)| *name == "a").unwrap().0;
+    assert!(
+        index_of(&blob, &layer).iter().any(|chunk| chunk.image.start() == boundary),
+        "a chunk holds early and late files"
+    );
+}
+
+/// A tar that is made while it is read.
+struct Generated<F> {
+    part: F,
+    number: u64,
+    bytes: Vec<u8>,
+    at: usize,
+}
+
+impl<F: FnMut(u64) -> Option<Vec<u8>>> Read for Generated<F> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        while self.at == self.bytes.len() {
+            let Some(bytes) = (self.part)(self.number) else { return Ok(0) };
+            (self.bytes, self.at, self.number) = (bytes, 0, self.number + 1);
+        }
+        let len = buf.len().min(self.bytes.len() - self.at);
+        buf[..len].copy_from_slice(&self.bytes[self.at..self.at + len]);
+        self.at += len;
+        Ok(len)
+    }
+}
+
+fn generated(part: impl FnMut(u64) -> Option<Vec<u8>>) -> impl Read {
+    Generated { part, number: 0, bytes: Vec::new(), at: 0 }
+}
+
+/// Runs the calling test again in a process of its own, which converts `source`, and gives the most memory that
+/// process had, in MiB. None in that process.
+#[track_caller]
+fn peak_memory(test: &str, source: impl Read, check: impl FnOnce(ConvertedLayer)) -> Option<u64> {
+    const CHILD: &str = "HEADSTART_TEST_MEMORY";
+    const SAYS: &str = "peak memory in KiB: ";
+    if std::env::var_os(CHILD).is_some() {
+        let (_, layer) = convert_layer(source, &options(LayerRole::Bottom), &pool(2), None, io::sink()).unwrap();
+        check(layer);
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+        println!("\n{SAYS}{}", peak.trim().trim_end_matches(" kB"));
+        return None;
+    }
+    let said = run(Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", &format!("convert_layer::{test}"), "--nocapture"])
+        .env(CHILD, "1"));
+    let peak: u64 = said.lines().find_map(|line| line.strip_prefix(SAYS)).unwrap().parse().unwrap();
+    Some(peak >> 10)
+}
+
+#[test]
+fn half_a_million_files_stay_below_300_mib() {
+    const FILES: u64 = 500_000;
+    // Long names and as many of them, in few directories and in one large one.
+    let source = generated(|number| {
+        let name = match number {
+            FILES.. => return (number == FILES).then(|| vec![0; 1024]),
+            0..300_000 => {
+                format!("usr/share/some-package/{:03}/{:04}/file-with-a-name-{number}", number % 97, number % 1999)
+            }
+            _ => format!("var/cache/one-large-directory/entry-{number:030}"),
+        };
+        let mut header = RawHeader::new(b'0', name);
+        header.size = 4;
+        header.mtime = i128::from(number % 1000);
+        let mut tar = TarWriter::new();
+        Some(tar.raw(&header, &number.to_le_bytes()[..4]).unfinished())
+    });
+    let peak = peak_memory("half_a_million_files_stay_below_300_mib", source, |layer| {
+        assert_eq!(layer.statistics.tree.files, FILES);
+    });
+    if let Some(peak) = peak {
+        println!("{peak} MiB");
+        assert!(peak < 300, "{peak} MiB");
+    }
+}
+
+#[test]
+fn a_huge_file_costs_no_memory() {
+    // Beyond what 32 bits count. What is in it is easy to compress, or this would take minutes.
+    const MIB: u64 = 4200;
+    let mut mib = vec![0x55; 1 << 20];
+    let source = generated(move |number| match number {
+        0 => {
+            let mut header = RawHeader::new(b'0', "huge");
+            header.size = i128::from(MIB << 20);
+            Some(header.block().to_vec())
+        }
+        1..=MIB => {
+            mib[..8].copy_from_slice(&number.to_le_bytes());
+            Some(mib.clone())
+        }
+        _ => (number == MIB + 1).then(|| vec![0; 1024]),
+    });
+    let peak = peak_memory("a_huge_file_costs_no_memory", source, |layer| {
+        assert_eq!(layer.statistics.tree.bytes, MIB << 20);
+        assert_eq!(layer.statistics.data_bytes, MIB << 20);
+    });
+    if let Some(peak) = peak {
+        println!("{peak} MiB");
+        assert!(peak < 100, "{peak} MiB");
+    }
 }
 
 /// Lower layers that hold what a map says.

@@ -3,8 +3,10 @@
 
 use std::io::{self, Write};
 
+use super::early::EarlyLayout;
 use super::plan::Plan;
 use super::tree::{Body, ROOT};
+use super::xattrs::XattrSet;
 use super::{BLOCK_BITS, BLOCK_SIZE};
 use crate::erofs::ondisk::{
     COMPACT_SIZE, ChunkFormat, CompactInode, DIRENT_SIZE, DataLayout, Dirent, EXTENDED_SIZE, ExtendedInode,
@@ -27,6 +29,8 @@ pub(super) struct Places {
     directories: u32,
     /// Bytes of metadata.
     pub(super) end: u64,
+    /// How the early data lies.
+    pub(super) early_layout: EarlyLayout,
     /// First block of early data.
     pub(super) early: u32,
     /// First block of late data.
@@ -54,7 +58,7 @@ pub(super) struct Emission<'a, W> {
 }
 
 /// How the data of an inode lies.
-struct Lie {
+struct Data {
     layout: DataLayout,
     size: u64,
     u: u32,
@@ -132,17 +136,17 @@ impl<'a, W: Write> Emission<'a, W> {
                 }
                 self.body_in_blocks(number, target.len() as u64, 0, !tail.is_empty())?
             }
-            Body::Flat { size: 0, .. } => Lie { layout: DataLayout::FlatPlain, size: 0, u: 0 },
-            Body::Flat { size, start } => Lie { layout: DataLayout::FlatPlain, size, u: self.places.block(start) },
+            Body::Flat { size: 0, .. } => Data { layout: DataLayout::FlatPlain, size: 0, u: 0 },
+            Body::Flat { size, start } => Data { layout: DataLayout::FlatPlain, size, u: self.places.block(start) },
             Body::Mapped { size, map } => {
                 let map = &plan.tree.maps[map as usize];
                 let blocks = map.blocks().map(|block| block.map_or(u32::MAX, |block| self.places.block(block)));
                 tail.extend(blocks.flat_map(u32::to_le_bytes));
                 let format = ChunkFormat::new(map.chunk_bits - BLOCK_BITS, false, false);
-                Lie { layout: DataLayout::ChunkBased, size, u: format.0.into() }
+                Data { layout: DataLayout::ChunkBased, size, u: format.0.into() }
             }
-            Body::CharDevice(raw) | Body::BlockDevice(raw) => Lie { layout: DataLayout::FlatPlain, size: 0, u: raw },
-            Body::Fifo => Lie { layout: DataLayout::FlatPlain, size: 0, u: 0 },
+            Body::CharDevice(raw) | Body::BlockDevice(raw) => Data { layout: DataLayout::FlatPlain, size: 0, u: raw },
+            Body::Fifo => Data { layout: DataLayout::FlatPlain, size: 0, u: 0 },
             Body::Pending { .. } | Body::Alias(_) => unreachable!("all links were resolved"),
         };
 
@@ -196,17 +200,17 @@ impl<'a, W: Write> Emission<'a, W> {
 
     /// The layout of a directory or symlink of which `blocks` whole blocks, and its tail too if that is not inline,
     /// go to the directory blocks.
-    fn body_in_blocks(&mut self, number: u32, size: u64, blocks: u32, inline: bool) -> io::Result<Lie> {
+    fn body_in_blocks(&mut self, number: u32, size: u64, blocks: u32, inline: bool) -> io::Result<Data> {
         let layout = if inline { DataLayout::FlatInline } else { DataLayout::FlatPlain };
         let has_tail = !size.is_multiple_of(BLOCK_SIZE);
         let count = blocks + u32::from(has_tail && !inline);
         if count == 0 {
-            return Ok(Lie { layout, size, u: 0 });
+            return Ok(Data { layout, size, u: 0 });
         }
         let start = self.places.directories.checked_add(self.blocks).ok_or(io::ErrorKind::FileTooLarge)?;
         self.blocks = self.blocks.checked_add(count).ok_or(io::ErrorKind::FileTooLarge)?;
         self.in_blocks.push((number, has_tail && !inline));
-        Ok(Lie { layout, size, u: start })
+        Ok(Data { layout, size, u: start })
     }
 
     /// Sees to it that `tail` bytes behind inode and attributes end in the block where the inode itself ends (the
@@ -225,8 +229,8 @@ impl<'a, W: Write> Emission<'a, W> {
     }
 
     /// Attributes of an inode as they stand behind it.
-    fn xattr_area(&self, set: super::xattrs::XattrSet) -> Vec<u8> {
-        if set == super::xattrs::XattrSet::EMPTY {
+    fn xattr_area(&self, set: XattrSet) -> Vec<u8> {
+        if set == XattrSet::EMPTY {
             return Vec::new();
         }
         let pool = &self.plan.tree.xattrs;

@@ -19,16 +19,25 @@
 //!
 //! It refuses to know tar, compression and where the bytes go.
 
+mod below;
 mod content;
+mod early;
 mod emit;
+mod error;
 mod intern;
 mod plan;
+mod statistics;
 mod tree;
+mod walk;
 mod xattrs;
 
+pub use below::UnresolvedLink;
 pub use content::{Extents, FileData};
+pub use early::EarlyLayout;
+pub use error::TreeError;
 pub use plan::{ImageIdentity, Plan};
-pub use tree::{Dropped, LayerRole, Tree, TreeError, TreeStatistics, UnresolvedLink};
+pub use statistics::{Dropped, TreeStatistics};
+pub use tree::{LayerRole, Tree};
 
 /// Bytes of a block. Every kernel that knows EROFS mounts this size on every machine with pages of 4 KiB.
 pub const BLOCK_SIZE: u64 = 4096;

@@ -3,8 +3,11 @@
 use std::collections::HashMap;
 use std::io::{self, Write};
 
+use super::early::EarlyLayout;
 use super::emit::{Emission, FirstBlock, Places};
-use super::tree::{Body, NONE, Node, ROOT, Tree, TreeError, TreeStatistics};
+use super::error::TreeError;
+use super::statistics::TreeStatistics;
+use super::tree::{Body, NONE, Node, ROOT, Tree};
 use super::xattrs::XattrSet;
 use super::{Area, BLOCK_SIZE, DataBlock, LayerRole, OPAQUE_NAME, OPAQUE_VALUE};
 use crate::model::{Digest, RelPath, Timestamp, Xattr};
@@ -104,15 +107,16 @@ impl Plan {
         &self.statistics
     }
 
-    /// Writes the metadata of an image that continues with `early` and `late` blocks of data.
+    /// Writes the metadata of an image that continues with the blocks of `early`, then `late` blocks.
     ///
     /// # Errors
     /// Those of `out`, and `FileTooLarge` for an image beyond 2³² blocks.
-    pub fn write_metadata(&self, early: u32, late: u32, out: impl Write) -> io::Result<()> {
+    pub fn write_metadata(&self, early: &EarlyLayout, late: u32, out: impl Write) -> io::Result<()> {
         let metadata = u32::try_from(self.places.end / BLOCK_SIZE).map_err(|_| io::ErrorKind::FileTooLarge)?;
-        let late_start = metadata.checked_add(early).ok_or(io::ErrorKind::FileTooLarge)?;
+        let late_start = metadata.checked_add(early.blocks()).ok_or(io::ErrorKind::FileTooLarge)?;
         let blocks = late_start.checked_add(late).filter(|end| *end < u32::MAX).ok_or(io::ErrorKind::FileTooLarge)?;
         let mut places = self.places.clone();
+        places.early_layout = early.clone();
         places.early = metadata;
         places.late = late_start;
         places.blocks = blocks;
@@ -325,11 +329,10 @@ impl Plan {
 impl Places {
     /// The number of a data block in the image.
     pub(super) fn block(&self, at: DataBlock) -> u32 {
-        let start = match at.area {
-            Area::Early => self.early,
-            Area::Late => self.late,
-        };
         // In the counting run the areas have no place yet; in the writing run the sum was checked.
-        start.wrapping_add(at.block)
+        match at.area {
+            Area::Early => self.early.wrapping_add(self.early_layout.place(at.block)),
+            Area::Late => self.late.wrapping_add(at.block),
+        }
     }
 }

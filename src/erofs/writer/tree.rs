@@ -16,29 +16,17 @@
 //!
 //! It costs about 130 bytes and the name for each entry, whatever is in the files.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
+use super::DataBlock;
 use super::content::{self, ChunkMap, FileData};
+use super::error::{FREE_IMPLIED, MAX_FILE_SIZE, MAX_IMPLIED, MAX_PATH, MAX_TARGET, TreeError};
 use super::intern::Interner;
+use super::statistics::Dropped;
+use super::walk::{Step, Walk};
 use super::xattrs::{XattrPool, XattrSet};
-use super::{BLOCK_SIZE, DataBlock};
 use crate::erofs::ondisk::{split_xattr_name, visible_xattr_prefix};
-use crate::model::{EntryKind, FileKind, LayerEntry, Metadata, Name, NameError, RelPath, Timestamp, Xattr};
-
-/// Longest path in bytes (Linux `PATH_MAX`, without the closing NUL). Longer ones could never be opened, and each of
-/// their bytes could become a directory.
-const MAX_PATH: usize = 4095;
-/// Longest target of a symlink in bytes.
-const MAX_TARGET: usize = 4095;
-/// Symlinks that are followed on one path, as Linux does.
-const MAX_FOLLOWED: usize = 40;
-/// Largest file: with the largest chunks its map still has no more than 1,024 entries.
-const MAX_FILE_SIZE: u64 = 1 << 53;
-/// Directories without entry that each entry may need on average, beyond [`FREE_IMPLIED`]. Layers without any
-/// directory entries need about one; symlinks to long paths could make thousands.
-const MAX_IMPLIED: u64 = 16;
-/// Directories without entry that cost nothing.
-const FREE_IMPLIED: u64 = 10_000;
+use crate::model::{EntryKind, FileKind, LayerEntry, Metadata, Name, RelPath, Timestamp, Xattr};
 
 /// Where a layer stands in its image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,168 +35,6 @@ pub enum LayerRole {
     Bottom,
     /// Above others.
     Upper,
-}
-
-/// Why a layer cannot become an EROFS image.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum TreeError {
-    /// The root of a layer is a directory.
-    #[error("the layer has an entry for its root that is no directory")]
-    RootNotDirectory,
-    /// A path beyond what Linux opens.
-    #[error("path {path} has {len} bytes, Linux allows {MAX_PATH}")]
-    PathTooLong {
-        /// The path.
-        path: RelPath,
-        /// Its length.
-        len: usize,
-    },
-    /// Symlinks that lead in a circle, on the way to an entry.
-    #[error("more than {MAX_FOLLOWED} symlinks on the way to {path}")]
-    SymlinkLoop {
-        /// The entry.
-        path: RelPath,
-    },
-    /// A symlink to nothing, or to more than Linux follows.
-    #[error("symlink {path} has a target of {len} bytes, 1 to {MAX_TARGET} are possible")]
-    SymlinkTarget {
-        /// The symlink.
-        path: RelPath,
-        /// Bytes of its target.
-        len: usize,
-    },
-    /// A link to a directory.
-    #[error("{path} is a hard link to {target}, which is a directory")]
-    LinkToDirectory {
-        /// The link.
-        path: RelPath,
-        /// What it names.
-        target: RelPath,
-    },
-    /// Links whose target is in no layer.
-    #[error("hard link {path} names {target}, which is not in this layer")]
-    DanglingLink {
-        /// One of the links.
-        path: RelPath,
-        /// What it names.
-        target: RelPath,
-    },
-    /// A device number beyond 12 and 20 bits.
-    #[error("device {path} has the number {major}:{minor}, Linux allows 12 and 20 bits")]
-    DeviceNumber {
-        /// The device.
-        path: RelPath,
-        /// Its major number.
-        major: u32,
-        /// Its minor number.
-        minor: u32,
-    },
-    /// A time whose nanoseconds are a second or more.
-    #[error("the modification time of {path} has {nanos} nanoseconds")]
-    Time {
-        /// The entry.
-        path: RelPath,
-        /// The nanoseconds.
-        nanos: u32,
-    },
-    /// A file larger than any file system holds.
-    #[error("file {path} has {size} bytes, more than the limit of {MAX_FILE_SIZE}")]
-    FileTooLarge {
-        /// The file.
-        path: RelPath,
-        /// Its size.
-        size: u64,
-    },
-    /// An attribute that EROFS cannot hold.
-    #[error("extended attribute {name:?} of {path} cannot be kept: {reason}")]
-    Xattr {
-        /// The entry.
-        path: RelPath,
-        /// The attribute.
-        name: String,
-        /// Why.
-        reason: &'static str,
-    },
-    /// Attributes that are too large together.
-    #[error("the extended attributes of {path} take {size} bytes, EROFS allows {limit}")]
-    XattrsTooLarge {
-        /// The entry.
-        path: RelPath,
-        /// What they take.
-        size: usize,
-        /// What they may.
-        limit: usize,
-    },
-    /// A component that cannot be a name, met in a symlink on the way.
-    #[error("a symlink on the way to {path} leads through an impossible name")]
-    Name {
-        /// The entry.
-        path: RelPath,
-        /// What is wrong.
-        #[source]
-        source: NameError,
-    },
-    /// Far more directories are needed than the layer has entries.
-    #[error("the layer needs {implied} directories that it does not list for its {entries} entries")]
-    TooManyImplied {
-        /// Directories without entry.
-        implied: u64,
-        /// Entries.
-        entries: u64,
-    },
-    /// A layer beyond 4 Gi entries, 4 GiB of names or 16 TiB of data.
-    #[error("the layer is larger than an EROFS image with blocks of {BLOCK_SIZE} bytes can be")]
-    TooLarge,
-}
-
-/// What was left out on purpose, with how often.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Dropped {
-    /// Attributes whose names the kernel cannot show from EROFS (`com.apple.…`, `lustre.…`). No Linux file system that containers are
-    /// unpacked to would hold them either.
-    pub foreign_xattrs: u64,
-    /// `trusted.overlay.…` attributes of the tar but an `opaque` of a directory, which counts like an opaque mark:
-    /// they would make overlayfs fetch or redirect files.
-    pub overlay_xattrs: u64,
-    /// Whiteouts and opaque marks of a bottom layer.
-    pub bottom_whiteouts: u64,
-}
-
-/// What is in a tree.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct TreeStatistics {
-    /// Inodes.
-    pub inodes: u64,
-    /// Regular files (inodes).
-    pub files: u64,
-    /// Directories, the root included.
-    pub directories: u64,
-    /// Symlinks.
-    pub symlinks: u64,
-    /// Devices and pipes.
-    pub specials: u64,
-    /// Names of files beyond each one's first.
-    pub hard_links: u64,
-    /// Whiteouts.
-    pub whiteouts: u64,
-    /// Opaque directories.
-    pub opaque_directories: u64,
-    /// Bytes of all regular files as `stat` tells them, each inode once.
-    pub bytes: u64,
-    /// How much of that is holes.
-    pub hole_bytes: u64,
-    /// What was left out.
-    pub dropped: Dropped,
-}
-
-/// A hard link target that the layer does not have.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct UnresolvedLink {
-    /// The path that the link names.
-    pub target: RelPath,
-    /// A link that names it (there may be more).
-    pub path: RelPath,
 }
 
 /// No node.
@@ -272,7 +98,7 @@ impl Node {
         }
     }
 
-    fn is_directory(&self) -> bool {
+    pub(super) fn is_directory(&self) -> bool {
         matches!(self.body, Body::Directory { .. })
     }
 }
@@ -305,7 +131,8 @@ pub struct Tree {
     map_entries: u64,
     pub(super) root_opaque: bool,
     pub(super) dropped: Dropped,
-    unresolved: Vec<u32>,
+    /// Placeholders of hard links that wait for their target.
+    pub(super) unresolved: Vec<u32>,
     entries: u64,
     implied: u64,
 }
@@ -386,113 +213,6 @@ impl Tree {
         }
     }
 
-    /// Directories that have no entry of their own but are needed for others, outermost first.
-    pub fn implied_directories(&self) -> Vec<RelPath> {
-        let mut found: Vec<RelPath> = Vec::new();
-        let implied = |node: u32| matches!(self.nodes[node as usize].body, Body::Directory { implied: true });
-        if implied(ROOT) {
-            found.push(RelPath::root());
-        }
-        let ways = self.ways();
-        let reachable = self.links.iter().filter(|link| link.node != NONE && implied(link.node));
-        found.extend(reachable.filter_map(|link| self.path_of(link, &ways)));
-        found.sort();
-        found
-    }
-
-    /// Gives a directory that [`Self::implied_directories`] listed the metadata it has in the layers below.
-    ///
-    /// # Errors
-    /// See [`TreeError`].
-    pub fn set_implied_directory(&mut self, path: &RelPath, metadata: &Metadata) -> Result<(), TreeError> {
-        let (node, link) = match path.components().split_last() {
-            None => (ROOT, None),
-            Some((name, above)) => {
-                let parent = self.directory(path, above)?;
-                let link = self.link(parent, name.as_bytes())?;
-                (self.make_directory(link)?, Some(link))
-            }
-        };
-        self.set_directory(node, link, path, metadata)
-    }
-
-    /// Resolves hard links to entries that came after them, and lists what is still missing: one element for each
-    /// target, in the order the links came. To be asked when all entries were added.
-    ///
-    /// # Errors
-    /// [`TreeError::LinkToDirectory`].
-    pub fn unresolved_links(&mut self) -> Result<Vec<UnresolvedLink>, TreeError> {
-        let pending = std::mem::take(&mut self.unresolved);
-        if pending.is_empty() {
-            return Ok(Vec::new());
-        }
-        // One name for each placeholder; those that lost all their names need nothing.
-        let ways = self.ways();
-        let mut named: HashMap<u32, RelPath> = HashMap::new();
-        for link in self.links.iter().filter(|link| link.node != NONE) {
-            let is_pending = matches!(self.nodes[link.node as usize].body, Body::Pending { .. });
-            if is_pending
-                && !named.contains_key(&link.node)
-                && let Some(path) = self.path_of(link, &ways)
-            {
-                named.insert(link.node, path);
-            }
-        }
-        for placeholder in pending {
-            let Body::Pending { target } = self.nodes[placeholder as usize].body else { continue };
-            let Some(path) = named.get(&placeholder) else { continue };
-            let target = RelPath::parse(self.strings.get(target)).expect("the path of a link target was valid before");
-            match self.find(&target)?.map(|node| self.resolve(node)) {
-                Some(node) if self.nodes[node as usize].is_directory() => {
-                    return Err(TreeError::LinkToDirectory { path: path.clone(), target });
-                }
-                Some(node) if node != placeholder => self.nodes[placeholder as usize].body = Body::Alias(node),
-                _ => self.unresolved.push(placeholder),
-            }
-        }
-        let mut seen = HashSet::new();
-        let mut missing = Vec::new();
-        for placeholder in &self.unresolved {
-            let Body::Pending { target } = self.nodes[*placeholder as usize].body else { continue };
-            if let Some(path) = named.remove(placeholder)
-                && seen.insert(target)
-            {
-                let target = RelPath::parse(self.strings.get(target)).expect("the target was valid before");
-                missing.push(UnresolvedLink { target, path });
-            }
-        }
-        Ok(missing)
-    }
-
-    /// Brings the file that unresolved links to `target` name: a copy of what the layers below have there. The
-    /// `entry`'s path means nothing.
-    ///
-    /// # Errors
-    /// See [`TreeError`].
-    pub fn bring(&mut self, target: &RelPath, entry: &LayerEntry, data: &FileData) -> Result<(), TreeError> {
-        let Some(string) = self.strings.find(&target.to_bytes()) else { return Ok(()) };
-        let mut brought = None;
-        for placeholder in std::mem::take(&mut self.unresolved) {
-            let wanted = match self.nodes[placeholder as usize].body {
-                Body::Pending { target: wanted } => wanted == string,
-                _ => false,
-            };
-            if !wanted {
-                self.unresolved.push(placeholder);
-                continue;
-            }
-            let node = match brought {
-                Some(node) => node,
-                None => {
-                    let body = self.body_of(target, &entry.kind, data.clone())?;
-                    *brought.insert(self.new_node(target, &entry.metadata, body)?)
-                }
-            };
-            self.nodes[placeholder as usize].body = Body::Alias(node);
-        }
-        Ok(())
-    }
-
     /// The node behind aliases, which form no circle: each names a node that was resolved before.
     pub(super) fn resolve(&self, mut node: u32) -> u32 {
         while let Body::Alias(other) = self.nodes[node as usize].body {
@@ -502,7 +222,7 @@ impl Tree {
     }
 
     /// What `path` names in this layer.
-    fn find(&self, path: &RelPath) -> Result<Option<u32>, TreeError> {
+    pub(super) fn find(&self, path: &RelPath) -> Result<Option<u32>, TreeError> {
         let Some((name, above)) = path.components().split_last() else { return Ok(Some(ROOT)) };
         let mut walk = Walk::new(path, above);
         while let Some(step) = walk.next() {
@@ -522,7 +242,7 @@ impl Tree {
     }
 
     /// The directory that `above` leads to, made as far as it is missing.
-    fn directory(&mut self, path: &RelPath, above: &[Name]) -> Result<u32, TreeError> {
+    pub(super) fn directory(&mut self, path: &RelPath, above: &[Name]) -> Result<u32, TreeError> {
         let mut walk = Walk::new(path, above);
         while let Some(step) = walk.next() {
             match step {
@@ -547,7 +267,7 @@ impl Tree {
     }
 
     /// The link for `name` in a directory, new (naming nothing) if need be.
-    fn link(&mut self, parent: u32, name: &[u8]) -> Result<u32, TreeError> {
+    pub(super) fn link(&mut self, parent: u32, name: &[u8]) -> Result<u32, TreeError> {
         let name = self.strings.intern(name).ok_or(TreeError::TooLarge)?;
         let next = u32::try_from(self.links.len()).map_err(|_| TreeError::TooLarge)?;
         let link = *self.index.entry((parent, name)).or_insert(next);
@@ -566,7 +286,7 @@ impl Tree {
     }
 
     /// The directory behind a link. What else was there is replaced.
-    fn make_directory(&mut self, link: u32) -> Result<u32, TreeError> {
+    pub(super) fn make_directory(&mut self, link: u32) -> Result<u32, TreeError> {
         let Link { node, .. } = self.links[link as usize];
         if node != NONE && self.nodes[node as usize].is_directory() {
             return Ok(node);
@@ -583,7 +303,7 @@ impl Tree {
         Ok(node)
     }
 
-    fn set_directory(
+    pub(super) fn set_directory(
         &mut self,
         node: u32,
         link: Option<u32>,
@@ -619,7 +339,7 @@ impl Tree {
         Ok(())
     }
 
-    fn body_of(&mut self, path: &RelPath, kind: &EntryKind, data: FileData) -> Result<Body, TreeError> {
+    pub(super) fn body_of(&mut self, path: &RelPath, kind: &EntryKind, data: FileData) -> Result<Body, TreeError> {
         Ok(match kind {
             EntryKind::Regular { size } => {
                 if *size > MAX_FILE_SIZE {
@@ -658,7 +378,7 @@ impl Tree {
         })
     }
 
-    fn new_node(&mut self, path: &RelPath, metadata: &Metadata, body: Body) -> Result<u32, TreeError> {
+    pub(super) fn new_node(&mut self, path: &RelPath, metadata: &Metadata, body: Body) -> Result<u32, TreeError> {
         let node = self.node(path, metadata, body)?;
         self.push_node(node)
     }
@@ -699,30 +419,6 @@ impl Tree {
         self.nodes.push(node);
         number.ok_or(TreeError::TooLarge)
     }
-
-    /// For each directory the link that leads there; [`NONE`] for other nodes and directories that were replaced.
-    fn ways(&self) -> Vec<u32> {
-        let mut ways = vec![NONE; self.nodes.len()];
-        for (number, link) in (0..).zip(&self.links) {
-            if link.node != NONE && self.nodes[link.node as usize].is_directory() {
-                ways[link.node as usize] = number;
-            }
-        }
-        ways
-    }
-
-    /// The path of a link; none if it hangs on a directory that was replaced.
-    fn path_of(&self, link: &Link, ways: &[u32]) -> Option<RelPath> {
-        let mut names = vec![link.name];
-        let mut at = link.parent;
-        while at != ROOT {
-            let above = self.links.get(*ways.get(at as usize)? as usize)?;
-            names.push(above.name);
-            at = above.parent;
-        }
-        let names = names.iter().rev().map(|name| self.strings.get(*name));
-        Some(RelPath::parse(&names.collect::<Vec<_>>().join(&b'/')).expect("names of the tree are valid"))
-    }
 }
 
 /// What overlayfs writes on a directory that hides those below.
@@ -743,64 +439,5 @@ fn implied_directory() -> Node {
         xattrs: XattrSet::EMPTY,
         permissions: 0o755,
         body: Body::Directory { implied: true },
-    }
-}
-
-/// The next thing to do on a way.
-enum Step {
-    /// To the directory above.
-    Up,
-    /// Into an entry.
-    Into(Box<[u8]>),
-}
-
-/// A way down the tree, component by component, with the symlinks that are met put in.
-struct Walk<'a> {
-    path: &'a RelPath,
-    /// What is left, last component first.
-    left: Vec<Box<[u8]>>,
-    /// Directories from the root to where we are.
-    entered: Vec<u32>,
-    followed: usize,
-}
-
-impl<'a> Walk<'a> {
-    fn new(path: &'a RelPath, components: &[Name]) -> Self {
-        let left = components.iter().rev().map(|name| name.as_bytes().into()).collect();
-        Self { path, left, entered: Vec::new(), followed: 0 }
-    }
-
-    fn next(&mut self) -> Option<Step> {
-        let name = self.left.pop()?;
-        Some(if &*name == b".." { Step::Up } else { Step::Into(name) })
-    }
-
-    fn current(&self) -> u32 {
-        self.entered.last().copied().unwrap_or(ROOT)
-    }
-
-    fn enter(&mut self, directory: u32) {
-        self.entered.push(directory);
-    }
-
-    fn leave(&mut self) {
-        self.entered.pop();
-    }
-
-    fn follow(&mut self, target: &[u8]) -> Result<(), TreeError> {
-        self.followed += 1;
-        if self.followed > MAX_FOLLOWED {
-            return Err(TreeError::SymlinkLoop { path: self.path.clone() });
-        }
-        if target.first() == Some(&b'/') {
-            self.entered.clear();
-        }
-        for part in target.rsplit(|b| *b == b'/').filter(|part| !matches!(*part, b"" | b".")) {
-            if part != b".." {
-                Name::check(part).map_err(|source| TreeError::Name { path: self.path.clone(), source })?;
-            }
-            self.left.push(part.into());
-        }
-        Ok(())
     }
 }

@@ -1,7 +1,7 @@
 //! Extended attributes of a tree, in their on-disk form: each distinct attribute once, each distinct set of them once.
 
+use super::error::TreeError;
 use super::intern::Interner;
-use super::tree::TreeError;
 use crate::erofs::ondisk::{XATTR_HEADER_SIZE, XattrEntry, split_xattr_name, xattr_filter_bit};
 use crate::model::{RelPath, Xattr};
 

@@ -20,8 +20,9 @@ const SECRETS: [&str; 5] = ["hunter2", "secret-token", "sig=", "secret-state", "
 fn patience() -> Patience {
     Patience {
         connect: Duration::from_secs(5),
-        response: Duration::from_millis(500),
-        idle: Duration::from_millis(300),
+        // Long, so that a busy machine does not look like a silent server.
+        response: Duration::from_secs(10),
+        idle: Duration::from_secs(10),
         deadline: Duration::from_secs(20),
         rounds: 3,
         backoff: Duration::from_millis(1),
@@ -31,6 +32,12 @@ fn patience() -> Patience {
 
 fn config() -> ClientConfig {
     ClientConfig { patience: patience(), ..ClientConfig::default() }
+}
+
+/// For tests in which a server is silent.
+fn impatient(config: ClientConfig) -> ClientConfig {
+    let short = Duration::from_millis(300);
+    ClientConfig { patience: Patience { response: short, idle: short, ..patience() }, ..config }
 }
 
 fn with_login(host: &str, credentials: Credentials) -> ClientConfig {
@@ -300,7 +307,7 @@ async fn a_wrong_content_range_is_refused() {
 async fn a_trickle_and_a_silence_are_ended() {
     let registry = FaultyRegistry::start().await;
     let blob = registry.put_blob(noise(1000));
-    let client = Client::new(config());
+    let client = Client::new(impatient(config()));
     registry.script(Method::GET, "/blobs/", Fault::Trickle(Duration::from_millis(20)), 99);
     let error = read(&client, &registry.host(), blob, range(0, 1000)).await.unwrap_err();
     assert!(error.transient);
@@ -546,14 +553,12 @@ async fn a_mirror_that_is_down_is_asked_last_for_a_while() {
     let blob = upstream.put_blob(noise(10));
     let root = tempfile::tempdir().unwrap();
     let text = format!("server = '{}'\n[host.'{}']", upstream.url(), mirror.url());
-    let client = Client::new(hosts_toml(root.path(), "registry.example", &text));
+    let client = Client::new(impatient(hosts_toml(root.path(), "registry.example", &text)));
     mirror.script(Method::GET, "/blobs/", Fault::Hang, 99);
-    let started = std::time::Instant::now();
     for _ in 0..10 {
         assert_eq!(read(&client, "registry.example", blob, range(0, 10)).await.unwrap(), noise(10));
     }
-    assert_eq!(mirror.seen().len(), 1);
-    assert!(started.elapsed() < Duration::from_secs(3), "each request waited for the mirror: {:?}", started.elapsed());
+    assert_eq!(mirror.seen().len(), 1, "each request waited for the mirror");
 }
 
 #[tokio::test]

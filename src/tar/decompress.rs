@@ -37,12 +37,21 @@ impl Compression {
     }
 }
 
+/// What is known of a blob's own digest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BlobCheck {
+    /// Nothing: it is computed with this algorithm.
+    Compute(Algorithm),
+    /// Whoever delivers the bytes holds them against this digest, and fails at their end if they are others.
+    Done(BlobDigest),
+}
+
 /// What a whole blob turned out to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Summary {
     /// How it was compressed.
     pub compression: Compression,
-    /// Digest of the blob's bytes.
+    /// Digest of the blob's bytes, computed or as given.
     pub digest: BlobDigest,
     /// Number of the blob's bytes.
     pub size: u64,
@@ -89,19 +98,28 @@ type Input<R> = BufReader<Hashed<io::Chain<io::Cursor<Vec<u8>>, R>>>;
 
 struct Hashed<R> {
     inner: R,
-    hasher: Hasher,
+    identity: Identity,
     size: u64,
 }
 
-/// Opens `blob`, whose bytes are digested with `algorithm` (that of its descriptor). The diffID is always SHA-256.
+enum Identity {
+    Hashing(Hasher),
+    Known(BlobDigest),
+}
+
+/// Opens `blob`. Its diffID is computed with `diff_algorithm`.
 ///
 /// # Errors
 /// The first bytes cannot be read.
-pub fn open<R: Read>(mut blob: R, algorithm: Algorithm) -> io::Result<Decompressed<R>> {
+pub fn open<R: Read>(mut blob: R, check: BlobCheck, diff_algorithm: Algorithm) -> io::Result<Decompressed<R>> {
     let mut start = Vec::with_capacity(4);
     blob.by_ref().take(4).read_to_end(&mut start)?;
     let compression = Compression::of(&start);
-    let hashed = Hashed { inner: io::Cursor::new(start).chain(blob), hasher: Hasher::new(algorithm), size: 0 };
+    let (algorithm, identity) = match check {
+        BlobCheck::Compute(algorithm) => (algorithm, Identity::Hashing(Hasher::new(algorithm))),
+        BlobCheck::Done(digest) => (digest.0.algorithm(), Identity::Known(digest)),
+    };
+    let hashed = Hashed { inner: io::Cursor::new(start).chain(blob), identity, size: 0 };
     let input = BufReader::with_capacity(BUFFER, hashed);
     let decoder = match compression {
         Compression::Plain => Decoder::Plain(Box::new(input)),
@@ -112,11 +130,11 @@ pub fn open<R: Read>(mut blob: R, algorithm: Algorithm) -> io::Result<Decompress
             Decoder::Zstd(Box::new(decoder))
         }
     };
-    let same = compression == Compression::Plain && algorithm == Algorithm::Sha256;
+    let same = compression == Compression::Plain && algorithm == diff_algorithm;
     Ok(Decompressed {
         compression,
         decoder,
-        hasher: (!same).then(|| Hasher::new(Algorithm::Sha256)),
+        hasher: (!same).then(|| Hasher::new(diff_algorithm)),
         size: 0,
         buffer: vec![0; BUFFER].into_boxed_slice(),
         start: 0,
@@ -147,13 +165,16 @@ impl<R: Read> Decompressed<R> {
             }
             self.consume(len);
         }
-        let Hashed { hasher, size, .. } = self.decoder.into_input().into_inner();
-        let digest = hasher.finish();
+        let Hashed { identity, size, .. } = self.decoder.into_input().into_inner();
+        let digest = match identity {
+            Identity::Hashing(hasher) => BlobDigest(hasher.finish()),
+            Identity::Known(digest) => digest,
+        };
         Ok(Summary {
             compression: self.compression,
-            digest: BlobDigest(digest),
+            digest,
             size,
-            diff_id: DiffId(self.hasher.map_or(digest, Hasher::finish)),
+            diff_id: DiffId(self.hasher.map_or(digest.0, Hasher::finish)),
             diff_size: self.size,
         })
     }
@@ -235,7 +256,9 @@ impl<R: Read> fmt::Debug for Decoder<R> {
 impl<R: Read> Read for Hashed<R> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         let read = self.inner.read(buf)?;
-        self.hasher.update(buf.get(..read).unwrap_or_default());
+        if let Identity::Hashing(hasher) = &mut self.identity {
+            hasher.update(buf.get(..read).unwrap_or_default());
+        }
         self.size += read as u64;
         Ok(read)
     }
@@ -279,6 +302,10 @@ mod tests {
         zstd::encode_all(data, 1).unwrap()
     }
 
+    fn read(blob: &[u8]) -> io::Result<Summary> {
+        open(blob, BlobCheck::Compute(Algorithm::Sha256), Algorithm::Sha256)?.finish()
+    }
+
     fn sha(data: &[u8]) -> Digest {
         Digest::of(Algorithm::Sha256, data)
     }
@@ -297,7 +324,7 @@ mod tests {
         ] {
             for algorithm in [Algorithm::Sha256, Algorithm::Sha512] {
                 for read_first in [0, 512, 300_000, data.len()] {
-                    let mut reader = open(Trickle(&blob, 0), algorithm).unwrap();
+                    let mut reader = open(Trickle(&blob, 0), BlobCheck::Compute(algorithm), Algorithm::Sha256).unwrap();
                     let mut start = vec![0; read_first];
                     reader.read_exact(&mut start).unwrap();
                     assert_eq!(start, data[..read_first]);
@@ -318,9 +345,21 @@ mod tests {
     }
 
     #[test]
+    fn a_digest_that_is_known_is_not_computed_again() {
+        let data = vec![3; 200_000];
+        let known = BlobDigest(Digest::of(Algorithm::Sha256, b"as somebody else says"));
+        for (blob, diff_id) in [(data.clone(), known.0), (gzip(&data), sha(&data))] {
+            let summary = open(&blob[..], BlobCheck::Done(known), Algorithm::Sha256).unwrap().finish().unwrap();
+            assert_eq!((summary.digest, summary.diff_id, summary.size), (known, DiffId(diff_id), blob.len() as u64));
+        }
+        let summary = open(&data[..], BlobCheck::Done(known), Algorithm::Sha512).unwrap().finish().unwrap();
+        assert_eq!(summary.diff_id.0, Digest::of(Algorithm::Sha512, &data));
+    }
+
+    #[test]
     fn short_blobs_are_plain() {
         for blob in [&b""[..], b"\x1f", b"\x28\xb5\x2f"] {
-            let summary = open(blob, Algorithm::Sha256).unwrap().finish().unwrap();
+            let summary = read(blob).unwrap();
             assert_eq!((summary.compression, summary.diff_id.0), (Compression::Plain, sha(blob)));
         }
     }
@@ -331,26 +370,26 @@ mod tests {
         let whole = [gzip(&data), zstd(&data)];
         for blob in &whole {
             for cut in [5, blob.len() / 2, blob.len() - 1] {
-                let error = open(&blob[..cut], Algorithm::Sha256).unwrap().finish().unwrap_err();
+                let error = read(&blob[..cut]).unwrap_err();
                 let inner = error.get_ref().unwrap().downcast_ref::<DecompressError>().unwrap();
                 assert!(inner.offset <= cut as u64, "{inner}");
             }
             let garbage = [&blob[..], b"garbage"].concat();
-            assert!(open(&garbage[..], Algorithm::Sha256).unwrap().finish().is_err());
+            assert!(read(&garbage[..]).is_err());
         }
         let mut damaged = whole[0].clone();
         let at = damaged.len() - 6;
         damaged[at] ^= 1;
-        assert!(open(&damaged[..], Algorithm::Sha256).unwrap().finish().is_err(), "a wrong CRC was taken");
+        assert!(read(&damaged[..]).is_err(), "a wrong CRC was taken");
     }
 
     #[test]
     fn a_window_above_the_limit_is_refused() {
         // Frame header alone: magic, no single segment, window descriptor for 2^28, then one raw block.
         let frame = [0x28, 0xb5, 0x2f, 0xfd, 0x00, (28 - 10) << 3, 0x09, 0x00, 0x00, b'x'];
-        let error = open(&frame[..], Algorithm::Sha256).unwrap().finish().unwrap_err();
+        let error = read(&frame[..]).unwrap_err();
         assert!(error.to_string().contains("zstd"), "{error}");
         let frame = [0x28, 0xb5, 0x2f, 0xfd, 0x00, (27 - 10) << 3, 0x09, 0x00, 0x00, b'x'];
-        assert_eq!(open(&frame[..], Algorithm::Sha256).unwrap().finish().unwrap().diff_size, 1);
+        assert_eq!(read(&frame[..]).unwrap().diff_size, 1);
     }
 }

@@ -303,6 +303,8 @@ impl<R: Read> Reader<R> {
         };
         let metadata = match kind {
             EntryKind::HardLink { .. } => Metadata::default(),
+            // Linux shows no other permissions of a symbolic link, whatever the tar says.
+            EntryKind::Symlink { .. } => Metadata { permissions: 0o777, ..self.metadata(header, pax, &path)? },
             _ => self.metadata(header, pax, &path)?,
         };
         Ok(Some(LayerEntry { path, kind, metadata }))

@@ -17,8 +17,9 @@ pub struct Options {
     pub layers: usize,
     /// At most so many operations in each.
     pub operations: usize,
-    /// Draw what engines differ about too: parents without entry that are new, hard links to lower files with several
-    /// names, empty attributes.
+    /// Draw what engines differ about too, or what only order can tell: parents without entry that are new, hard links
+    /// to lower files with several names, lower files that are replaced after a link to them,
+    /// removals inside of what is removed, empty attributes.
     pub bare: bool,
 }
 
@@ -184,6 +185,7 @@ fn build(layers: &[(Vec<Operation>, bool, Marks)], options: Options) -> Stack {
             below: merged.clone(),
             merged: &mut merged,
             files: Vec::new(),
+            linked: Vec::new(),
             in_order: false,
         };
         // The root has an entry in most images; without one, its metadata is for everybody to invent.
@@ -208,6 +210,8 @@ struct Building<'a> {
     /// As the lower layers left it.
     below: Merged,
     files: Vec<LayerFile>,
+    /// Lower files that this layer has links to.
+    linked: Vec<Vec<u8>>,
     in_order: bool,
 }
 
@@ -232,6 +236,17 @@ impl Building<'_> {
         self.files.push(file);
     }
 
+    /// Whether an entry at `path` would replace a lower file that this layer has linked to.
+    fn replaces_linked(&self, path: &RelPath, shape: Shape) -> bool {
+        let path = path.to_bytes();
+        let is_directory = matches!(shape, Shape::Directory | Shape::Crowd | Shape::Opaque);
+        self.linked.iter().any(|linked| {
+            // The parents of `path` become directories in any case.
+            let is_above = |above: &[u8], below: &[u8]| below.starts_with(&[above, b"/"].concat());
+            *linked == path || is_above(linked, &path) || (!is_directory && is_above(&path, linked))
+        })
+    }
+
     fn take(&mut self, operation: &Operation) {
         let names = names();
         let path = operation.place.iter().fold(RelPath::root(), |path, name| {
@@ -239,6 +254,9 @@ impl Building<'_> {
         });
         let metadata = &operation.metadata;
         let device = DeviceNumber { major: u32::from(metadata.permissions) % 4096, minor: metadata.uid % 0xf_ffff + 1 };
+        if !self.options.bare && self.replaces_linked(&path, operation.shape) {
+            return;
+        }
         match operation.shape {
             Shape::Whiteout => return self.remove(operation, path),
             Shape::Opaque => return self.make_opaque(operation, path),
@@ -311,6 +329,13 @@ impl Building<'_> {
         };
         let bytes = path.to_bytes();
         let parent_is_directory = path.parent().is_some_and(|parent| self.merged.is_directory(&parent.to_bytes()));
+        let removed_in_it = |file: &LayerFile| {
+            let inside = file.entry.path.to_bytes();
+            file.entry.kind == EntryKind::Whiteout && inside.starts_with(&[&bytes[..], b"/"].concat())
+        };
+        if !self.options.bare && self.files.iter().any(removed_in_it) {
+            return;
+        }
         if !self.merged.is_touched(&bytes, self.number) && parent_is_directory {
             self.push(path, EntryKind::Whiteout, Metadata::default(), Vec::new());
         }
@@ -345,7 +370,10 @@ impl Building<'_> {
             .cloned()
             .collect();
         let Some(target) = targets.get(operation.pick.index(targets.len().max(1))) else { return };
-        self.in_order |= !self.merged.is_touched(target, self.number);
+        if !self.merged.is_touched(target, self.number) {
+            self.in_order = true;
+            self.linked.push(target.clone());
+        }
         let target = RelPath::parse(target).expect("it was a path before");
         self.push(path, EntryKind::HardLink { target }, Metadata::default(), Vec::new());
     }

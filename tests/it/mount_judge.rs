@@ -47,14 +47,14 @@ fn mount(layers: &[Arc<LazyBytes>], on: &Path) -> Server {
 }
 
 /// Layers mounted by the kernel: EROFS each, overlayfs on top. Goes away with its owner.
-struct Kernel {
+pub(crate) struct Kernel {
     dir: tempfile::TempDir,
     mounted: Vec<PathBuf>,
 }
 
 impl Kernel {
     /// The lowest layer first. Overlayfs wants two layers at least, so an empty one lies below.
-    fn stack(images: &[Vec<u8>]) -> Self {
+    pub(crate) fn stack(images: &[Vec<u8>]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let mut kernel = Self { dir, mounted: Vec::new() };
         let bottom = kernel.dir.path().join("bottom");
@@ -81,7 +81,7 @@ impl Kernel {
         path
     }
 
-    fn tree(&self) -> &Path {
+    pub(crate) fn tree(&self) -> &Path {
         self.mounted.last().unwrap()
     }
 }

@@ -422,7 +422,7 @@ pub fn build_oddities(root: &Path) -> anyhow::Result<()> {
     }
 
     fs::create_dir(path("crowd"))?;
-    for number in 0..3000 {
+    for number in 0..1000 {
         fs::write(path(&format!("crowd/file-{number:05}-{}", "x".repeat(number % 60))), number.to_string())?;
     }
     fs::create_dir(path("hollow"))?;

@@ -62,6 +62,8 @@ fn judge(role: LayerRole, entries: &[EntryWithContent]) -> Vec<u8> {
     let expected = listing_of(role, entries).expect("the case is a valid layer").without_directory_sizes();
     let seen = Listing::of_image(&Image::open(image.as_slice()).unwrap()).unwrap();
     seen.clone().without_directory_sizes().assert_equals(&expected);
+    let report = headstart::erofs::check(&Image::open(image.as_slice()).unwrap()).unwrap();
+    assert_eq!(report.findings, []);
 
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("image.erofs");

@@ -26,6 +26,7 @@ fn main() -> anyhow::Result<()> {
         ("manifest", manifest()),
         ("erofs_image", erofs_images(work.path(), &tree)?),
         ("tar", tars(work.path(), &tree)?),
+        ("layer", tars(work.path(), &tree)?),
     ] {
         let directory = corpus.join(target);
         fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
@@ -212,7 +213,7 @@ fn erofs_images(work: &Path, tree: &Path) -> anyhow::Result<Vec<Vec<u8>>> {
     Ok(seeds)
 }
 
-/// The corpus format of `tar`: choices, the tar.
+/// The corpus format of `tar` and `layer`: choices, the tar.
 fn tars(work: &Path, tree: &Path) -> anyhow::Result<Vec<Vec<u8>>> {
     let file = work.join("tar");
     let mut seeds = Vec::new();

@@ -25,6 +25,7 @@ use crate::chunked::{AssembleError, BlobSummary};
 use crate::erofs::writer::LayerRole;
 use crate::model::{Algorithm, BlobDigest, DiffId, Digest};
 use crate::oci::{Descriptor, LayerKind, Role, layer_descriptor, layer_role, media};
+use crate::tar::Problem;
 use crate::tar::decompress::{self, BlobCheck};
 use crate::transport::{ImageSink, ImageSource, Spool};
 
@@ -367,7 +368,11 @@ impl Work {
                 drop(source);
                 return Err(ImageError::Stopped);
             }
-            (Err(source), Err(LayerError::Tar(_)) | Ok(_)) => return Err(read(source)),
+            // Unless it was reading that broke the tar: then the cause went to the tar's reader, and only it can tell.
+            (Err(source), Err(LayerError::Tar(error))) if !matches!(error.problem, Problem::Io(_)) => {
+                return Err(read(source));
+            }
+            (Err(source), Ok(_)) => return Err(read(source)),
             (Err(_), Err(_)) => {
                 return Err(converted.map_or_else(|source| self.failed(source), |_| ImageError::Stopped));
             }

@@ -8,6 +8,7 @@ mod kinds;
 use std::process::ExitCode;
 
 use serde::{Deserialize, Serialize};
+use tokio::signal::unix::SignalKind;
 
 /// Kinds of failure, as scripts can tell them apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -102,6 +103,11 @@ impl Problem {
     }
 }
 
+/// The exit code of a command that a signal ended, as shells give it.
+pub(crate) fn interrupted(signal: SignalKind) -> ExitCode {
+    ExitCode::from(u8::try_from(signal.as_raw_value()).map_or(255, |signal| signal.saturating_add(128)))
+}
+
 /// A failure whose kind a command knows itself.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
@@ -126,6 +132,12 @@ mod tests {
     fn codes_are_a_row_without_gaps() {
         let codes: Vec<u8> = Problem::ALL.map(Problem::code).to_vec();
         assert_eq!(codes, (1..=10).collect::<Vec<u8>>());
+    }
+
+    #[test]
+    fn signals_have_the_shells_codes() {
+        assert_eq!(interrupted(SignalKind::interrupt()), ExitCode::from(130));
+        assert_eq!(interrupted(SignalKind::terminate()), ExitCode::from(143));
     }
 
     #[test]

@@ -53,7 +53,7 @@ fn run(context: &Context, command: Command) -> anyhow::Result<ExitCode> {
         Command::Serve(arguments) => commands::serve::run(context, arguments),
         Command::Completions(arguments) => commands::manual::completions(&arguments),
         Command::Man(arguments) => commands::manual::man(&arguments),
-        Command::Convert(_) => anyhow::bail!("this command is not wired yet"),
+        Command::Convert(arguments) => commands::convert::run(context, arguments),
     }
 }
 

@@ -2,6 +2,8 @@
 
 use std::io::{self, Write};
 
+use crate::daemon::browse::BrowseError;
+
 /// Writes one line of text.
 pub(crate) fn line(text: &str) -> io::Result<()> {
     let mut out = io::stdout().lock();
@@ -20,5 +22,10 @@ pub(crate) fn json(value: &impl serde::Serialize) -> io::Result<()> {
 
 /// True if writing failed because nobody reads any more.
 pub(crate) fn is_closed_pipe(error: &anyhow::Error) -> bool {
-    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+    let write = match error.downcast_ref::<BrowseError>() {
+        Some(BrowseError::Write { source, .. }) => Some(source),
+        Some(_) => None,
+        None => error.downcast_ref::<io::Error>(),
+    };
+    write.is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
 }

@@ -1,10 +1,14 @@
 //! Progress bars, on a terminal only.
 
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// Redraws a second: enough for the eye.
+use crate::convert::{Event, Observer};
+
+/// Time between two drawings: enough for the eye.
 const REDRAW: Duration = Duration::from_millis(200);
 
 /// A bar that counts bytes. Draws on the standard error if that is a terminal, and nothing else.
@@ -15,5 +19,44 @@ pub(crate) fn bytes(what: &'static str, total: u64) -> ProgressBar {
     match style {
         Ok(style) => bar.with_style(style.progress_chars("=> ")),
         Err(_) => bar,
+    }
+}
+
+/// Shows how far a conversion is: stored bytes of the layers that have begun, and what was left out.
+#[derive(Debug)]
+pub(crate) struct ConversionBar {
+    bar: ProgressBar,
+    /// Bytes read of each layer.
+    read: Mutex<HashMap<(usize, usize), u64>>,
+}
+
+impl ConversionBar {
+    pub(crate) fn new() -> Self {
+        Self { bar: bytes("converting", 0), read: Mutex::default() }
+    }
+
+    /// Takes the bar away.
+    pub(crate) fn finish(&self) {
+        self.bar.finish_and_clear();
+    }
+
+    fn layer_read(&self, layer: (usize, usize), now: u64) {
+        let before = self.read.lock().unwrap_or_else(PoisonError::into_inner).insert(layer, now).unwrap_or(0);
+        self.bar.inc(now.saturating_sub(before));
+    }
+}
+
+impl Observer for ConversionBar {
+    fn event(&self, event: &Event<'_>) {
+        match event {
+            Event::Image { platform, layers, .. } => {
+                tracing::info!(%platform, layers, "converting");
+            }
+            Event::LayerStarted { size, .. } => self.bar.inc_length(*size),
+            Event::LayerRead { image, layer, read } => self.layer_read((*image, *layer), *read),
+            Event::LayerDone { layer, outcome, .. } => tracing::info!(layer, ?outcome, "layer done"),
+            Event::Copied { manifest } => tracing::info!(%manifest, "copied as it is"),
+            Event::LeftOut { layer, what, .. } => tracing::warn!(layer, "left out: {what}"),
+        }
     }
 }

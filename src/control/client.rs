@@ -70,7 +70,10 @@ async fn ask<T: serde::de::DeserializeOwned>(
     // Asked first by itself, because the HTTP library does not tell why it could not connect.
     with_short_path(socket, |short| std::os::unix::net::UnixStream::connect(short)).map_err(unreachable)?;
     let directory = open_directory(socket).map_err(unreachable)?;
-    let no_answer = |source| ControlError::NoAnswer { socket: socket.to_owned(), source };
+    let no_answer = |source: reqwest::Error| match source.is_connect() {
+        true => ControlError::Gone { socket: socket.to_owned() },
+        false => ControlError::NoAnswer { socket: socket.to_owned(), source },
+    };
     let client = reqwest::Client::builder()
         .no_proxy()
         .timeout(ANSWER_LIMIT)

@@ -1,5 +1,6 @@
 //! One file per command, or per pair of commands that belong together.
 
+pub(crate) mod convert;
 pub(crate) mod files;
 pub(crate) mod look;
 pub(crate) mod manual;

@@ -198,10 +198,14 @@ pub(crate) fn status(context: &Context) -> anyhow::Result<ExitCode> {
     let runtime = context.runtime()?;
     let mut mounts = Vec::with_capacity(entries.len());
     for entry in entries {
-        let live = if entry.alive { runtime.block_on(control::status(&entry.socket())).map(Some) } else { Ok(None) };
-        match live {
-            Ok(Some(status)) => mounts.push(Seen { state: State::Serving, log: entry.log(), status }),
-            Ok(None) | Err(ControlError::Gone { .. }) => mounts.push(dead(&entry)),
+        if !entry.alive {
+            mounts.push(dead(&entry));
+            continue;
+        }
+        match runtime.block_on(control::status(&entry.socket())) {
+            Ok(status) => mounts.push(Seen { state: State::Serving, log: entry.log(), status }),
+            // A process that lives and does not listen any more has unmounted and is about to end.
+            Err(ControlError::Gone { .. }) => {}
             Err(error) => return Err(error.into()),
         }
     }

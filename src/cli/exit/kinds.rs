@@ -4,13 +4,16 @@ use std::io;
 use std::sync::Arc;
 
 use super::{Problem, Told};
-use crate::chunked::SequentialError;
+use crate::chunked::{AssembleError, SequentialError};
 use crate::control::ControlError;
+use crate::convert::ImageError;
+use crate::convert::layer::LayerError;
 use crate::daemon::browse::BrowseError;
 use crate::daemon::config::ConfigError;
 use crate::daemon::image::UnsupportedData;
 use crate::daemon::mounts::MountsError;
 use crate::erofs;
+use crate::erofs::writer::TreeError;
 use crate::fetch::FetchError;
 use crate::fuse;
 use crate::layout::LayoutError;
@@ -22,6 +25,7 @@ use crate::serve::ServeError;
 use crate::store::StoreError;
 use crate::sys::mount::MountError;
 use crate::tar::TarError;
+use crate::tar::decompress::DecompressError;
 use crate::transport::TransportError;
 use crate::vfs;
 
@@ -54,6 +58,11 @@ pub(super) fn known(error: &(dyn std::error::Error + 'static)) -> Option<Problem
         // What a mount waits for is known to it as an error and no more.
         vfs::BringError => |error: &vfs::BringError| known(&**error),
         fuse::ServeError => of_fuse,
+        ImageError => of_conversion,
+        LayerError => of_layer,
+        TreeError => |_: &TreeError| Some(Problem::Unsupported),
+        DecompressError => of_decompress,
+        AssembleError => of_assemble,
         MountError => |error: &MountError| Some(of_mount(error)),
         MountsError => of_mounts,
         BrowseError => of_browse,
@@ -244,6 +253,47 @@ fn of_fetch(error: &FetchError) -> Option<Problem> {
         FetchError::Unpack { source, .. } => of_sequential(source),
         FetchError::Store { source, .. } => of_store(source),
         FetchError::Abandoned { .. } => Some(Problem::Internal),
+    }
+}
+
+fn of_conversion(error: &ImageError) -> Option<Problem> {
+    match error {
+        ImageError::Transport(error) => of_transport(error),
+        // What is behind these stands behind them in the chain.
+        ImageError::Fetch { .. } | ImageError::Read { .. } | ImageError::Layer { .. } | ImageError::Keep { .. } => None,
+        ImageError::DiffId { .. } | ImageError::NoDiffId { .. } => Some(Problem::Corrupt),
+        ImageError::UnknownLayer { .. } | ImageError::NotLinux(_) => Some(Problem::Unsupported),
+        ImageError::Config(error) => of_document(error),
+        ImageError::WouldLose { .. } => Some(Problem::Usage),
+        ImageError::NoImage { .. } => Some(Problem::NotFound),
+        ImageError::Threads(_) => Some(Problem::Local),
+        ImageError::Stopped => Some(Problem::Internal),
+    }
+}
+
+fn of_layer(error: &LayerError) -> Option<Problem> {
+    match error {
+        LayerError::Tar(_) | LayerError::Tree(_) | LayerError::Lower { .. } | LayerError::Write(_) => None,
+        LayerError::NeedsLower(_) | LayerError::Range(_) => Some(Problem::Unsupported),
+        LayerError::Spool { source, .. } => Some(of_io(source)),
+        LayerError::Damaged { .. } => Some(Problem::Local),
+    }
+}
+
+/// A stream that cannot be inflated is damaged, unless what it is read from failed.
+fn of_decompress(error: &DecompressError) -> Option<Problem> {
+    let inside = error.source.get_ref().and_then(|inside| known(inside));
+    Some(match inside {
+        Some(problem) => problem,
+        None if error.source.raw_os_error().is_some() => of_io(&error.source),
+        None => Problem::Corrupt,
+    })
+}
+
+fn of_assemble(error: &AssembleError) -> Option<Problem> {
+    match error {
+        AssembleError::Write { .. } => None,
+        AssembleError::TooManyChunks | AssembleError::ChunkSize { .. } => Some(Problem::Unsupported),
     }
 }
 

@@ -4,6 +4,7 @@
 
 mod architecture;
 mod chunked;
+mod cli;
 mod convert_image;
 mod convert_layer;
 mod erofs_abuse;

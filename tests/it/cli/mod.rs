@@ -1,0 +1,6 @@
+//! The program from end to end, as a user starts it. Needs root, /dev/fuse, overlayfs and umoci.
+
+mod bad_input;
+mod commands;
+mod mounts;
+mod stage;

@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 
 use crate::model::{Attributes, FileKind};
 
-use super::{Error, Found, LayerView, NodeId, Overlay};
+use super::{Error, Found, LayerView, Look, NodeId, Overlay};
 
 /// Deepest directory whose lower parts can be found again. A path of `PATH_MAX` has at most 2,048 components; trees can
 /// be made deeper by steps, but layers come as tars, whose paths are written out.
@@ -99,8 +99,9 @@ impl<V: LayerView> Overlay<V> {
     ) -> Result<Option<(NodeId, Attributes)>, Error<V::Error>> {
         let Some(nid) = self.ask(dir.layer, |view| view.lookup(dir.nid, name))? else { return Ok(None) };
         let node = NodeId { layer: dir.layer, nid };
-        let attributes = self.attributes(node)?;
-        if self.is_whiteout(node, &attributes)? {
+        let look = self.look(node)?;
+        let attributes = look.attributes;
+        if self.is_whiteout(node, &look)? {
             search.stop = true;
             return Ok(None);
         }
@@ -109,7 +110,7 @@ impl<V: LayerView> Overlay<V> {
             if search.is_dir || !is_last {
                 return Ok(None);
             }
-            if self.is_marked(node, attributes.kind, b"metacopy")? {
+            if self.is_marked(node, &look, b"metacopy")? {
                 return Err(Error::Metacopy { layer: node.layer, nid });
             }
             return Ok(Some((node, attributes)));
@@ -118,7 +119,7 @@ impl<V: LayerView> Overlay<V> {
             search.is_dir = true;
         }
         if node.layer > 0 {
-            let marks = self.marks(node)?;
+            let marks = self.marks(node, &look)?;
             if marks.opaque {
                 search.stop = true;
             } else if let Some(redirect) = marks.redirect {
@@ -167,8 +168,9 @@ impl<V: LayerView> Overlay<V> {
     }
 
     /// True if a file of a layer is overlayfs's mark of a removed one.
-    pub(super) fn is_whiteout(&self, node: NodeId, attributes: &Attributes) -> Result<bool, Error<V::Error>> {
-        Ok(attributes.is_whiteout() || (attributes.size == 0 && self.is_marked(node, attributes.kind, b"whiteout")?))
+    pub(super) fn is_whiteout(&self, node: NodeId, look: &Look) -> Result<bool, Error<V::Error>> {
+        let is_empty = look.attributes.size == 0;
+        Ok(look.attributes.is_whiteout() || (is_empty && self.is_marked(node, look, b"whiteout")?))
     }
 
     /// All parts of the directory whose topmost part is `top`, topmost first: what [`Found::parts`] said when it was

@@ -129,20 +129,21 @@ impl<V: LayerView> Overlay<V> {
     /// # Errors
     /// A layer could not be read, or the file is one that overlayfs refuses, too.
     pub fn entry(&self, parts: &[NodeId], entry: &Entry<'_>) -> Result<Option<Found>, Error<V::Error>> {
-        let attributes = self.attributes(entry.node)?;
-        match attributes.kind {
+        let look = self.look(entry.node)?;
+        let alone = Found { node: entry.node, attributes: look.attributes, below: Vec::new() };
+        match look.attributes.kind {
             FileKind::Directory if entry.shared => self.lookup(parts, entry.name),
             FileKind::Directory => {
-                if entry.node.layer > 0 && self.marks(entry.node)?.redirect.is_some() {
+                if entry.node.layer > 0 && self.marks(entry.node, &look)?.redirect.is_some() {
                     return self.lookup(parts, entry.name);
                 }
-                Ok(Some(Found { node: entry.node, attributes, below: Vec::new() }))
+                Ok(Some(alone))
             }
-            _ if self.is_whiteout(entry.node, &attributes)? => Ok(None),
-            kind if self.is_marked(entry.node, kind, b"metacopy")? => {
+            _ if self.is_whiteout(entry.node, &look)? => Ok(None),
+            _ if self.is_marked(entry.node, &look, b"metacopy")? => {
                 Err(Error::Metacopy { layer: entry.node.layer, nid: entry.node.nid })
             }
-            _ => Ok(Some(Found { node: entry.node, attributes, below: Vec::new() })),
+            _ => Ok(Some(alone)),
         }
     }
 }

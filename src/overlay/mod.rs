@@ -46,6 +46,15 @@ pub struct NodeId {
 /// Takes name, number and type of an entry, and says whether it wants more.
 pub type EachEntry<'a> = dyn FnMut(&[u8], u64, FileKind) -> ControlFlow<()> + 'a;
 
+/// What a layer tells of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Look {
+    /// What `stat` would tell.
+    pub attributes: Attributes,
+    /// False if the file certainly has no extended attributes.
+    pub has_xattrs: bool,
+}
+
 /// One read-only layer, as the merge sees it. All answers are the layer's own, unmerged.
 pub trait LayerView {
     /// Why a layer could not answer.
@@ -54,11 +63,11 @@ pub trait LayerView {
     /// The root directory.
     fn root(&self) -> u64;
 
-    /// What `stat` would tell.
+    /// What is to be seen of a file.
     ///
     /// # Errors
     /// The layer could not be read.
-    fn attributes(&self, nid: u64) -> Result<Attributes, Self::Error>;
+    fn look(&self, nid: u64) -> Result<Look, Self::Error>;
 
     /// The file that `name` names in directory `dir`. Never asked for `.` and `..`.
     ///
@@ -90,9 +99,6 @@ pub trait LayerView {
     /// # Errors
     /// The layer could not be read.
     fn xattrs(&self, nid: u64) -> Result<Vec<Xattr>, Self::Error>;
-
-    /// False promises that no file of this layer has an extended attribute, so that none is asked for.
-    fn may_have_xattrs(&self) -> bool;
 }
 
 /// Why the merge has no answer.
@@ -229,7 +235,11 @@ impl<V: LayerView> Overlay<V> {
     /// # Errors
     /// The layer could not be read.
     pub fn attributes(&self, node: NodeId) -> Result<Attributes, Error<V::Error>> {
-        self.ask(node.layer, |view| view.attributes(node.nid))
+        self.look(node).map(|look| look.attributes)
+    }
+
+    fn look(&self, node: NodeId) -> Result<Look, Error<V::Error>> {
+        self.ask(node.layer, |view| view.look(node.nid))
     }
 
     /// The extended attributes of a file, under the names that are shown, in the layer's order.

@@ -82,10 +82,10 @@ impl LayerView for Layer {
         0
     }
 
-    fn attributes(&self, nid: u64) -> Result<Attributes, Infallible> {
+    fn look(&self, nid: u64) -> Result<Look, Infallible> {
         let file = &self.files[nid as usize];
         let subdirs = file.children.values().filter(|c| self.files[**c as usize].kind == FileKind::Directory).count();
-        Ok(Attributes {
+        let attributes = Attributes {
             kind: file.kind,
             permissions: 0o644,
             uid: 0,
@@ -94,7 +94,8 @@ impl LayerView for Layer {
             nlink: if file.kind == FileKind::Directory { 2 + subdirs as u32 } else { 1 },
             size: file.size,
             rdev: DeviceNumber::default(),
-        })
+        };
+        Ok(Look { attributes, has_xattrs: !file.xattrs.is_empty() })
     }
 
     fn lookup(&self, dir: u64, name: &[u8]) -> Result<Option<u64>, Infallible> {
@@ -120,10 +121,6 @@ impl LayerView for Layer {
 
     fn xattrs(&self, nid: u64) -> Result<Vec<Xattr>, Infallible> {
         Ok(self.files[nid as usize].xattrs.clone())
-    }
-
-    fn may_have_xattrs(&self) -> bool {
-        self.files.iter().any(|f| !f.xattrs.is_empty())
     }
 }
 

@@ -8,7 +8,7 @@ use std::borrow::Cow;
 
 use crate::model::{FileKind, Xattr};
 
-use super::{Error, LayerView, NodeId, Overlay};
+use super::{Error, LayerView, Look, NodeId, Overlay};
 
 const OWN: &[u8] = b"trusted.overlay.";
 const ESCAPE: &[u8] = b"overlay.";
@@ -48,8 +48,8 @@ pub(super) struct Marks {
 
 impl<V: LayerView> Overlay<V> {
     /// The marks of a directory.
-    pub(super) fn marks(&self, dir: NodeId) -> Result<Marks, Error<V::Error>> {
-        if !self.layer(dir.layer)?.may_have_xattrs() {
+    pub(super) fn marks(&self, dir: NodeId, look: &Look) -> Result<Marks, Error<V::Error>> {
+        if !look.has_xattrs {
             return Ok(Marks::default());
         }
         let mut marks = Marks::default();
@@ -63,9 +63,9 @@ impl<V: LayerView> Overlay<V> {
         Ok(marks)
     }
 
-    /// True if a regular file has the attribute `trusted.overlay.<name>`.
-    pub(super) fn is_marked(&self, node: NodeId, kind: FileKind, name: &[u8]) -> Result<bool, Error<V::Error>> {
-        if kind != FileKind::Regular || !self.layer(node.layer)?.may_have_xattrs() {
+    /// True if a file is a regular one with the attribute `trusted.overlay.<name>`.
+    pub(super) fn is_marked(&self, node: NodeId, look: &Look, name: &[u8]) -> Result<bool, Error<V::Error>> {
+        if look.attributes.kind != FileKind::Regular || !look.has_xattrs {
             return Ok(false);
         }
         Ok(self.ask(node.layer, |view| view.xattr(node.nid, &[OWN, name].concat()))?.is_some())

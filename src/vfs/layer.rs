@@ -1,8 +1,8 @@
 //! One EROFS image as a layer of the merge.
 
 use crate::erofs::{Error, Image, Nid};
-use crate::model::{Attributes, FileKind, ReadAt, Xattr};
-use crate::overlay::{EachEntry, LayerView};
+use crate::model::{FileKind, ReadAt, Xattr};
+use crate::overlay::{EachEntry, LayerView, Look};
 
 /// An open layer.
 #[derive(Debug)]
@@ -32,6 +32,11 @@ impl<R: ReadAt> Layer<R> {
         &self.image
     }
 
+    /// False promises that no file of this layer has an extended attribute.
+    pub const fn may_have_xattrs(&self) -> bool {
+        self.may_have_xattrs
+    }
+
     /// Bytes of the image and its further devices.
     pub const fn size(&self) -> u64 {
         self.size
@@ -45,8 +50,9 @@ impl<R: ReadAt> LayerView for Layer<R> {
         self.image.root().0
     }
 
-    fn attributes(&self, nid: u64) -> Result<Attributes, Error> {
-        self.image.inode(Nid(nid)).map(|inode| *inode.attributes())
+    fn look(&self, nid: u64) -> Result<Look, Error> {
+        let inode = self.image.inode(Nid(nid))?;
+        Ok(Look { attributes: *inode.attributes(), has_xattrs: self.may_have_xattrs && inode.has_xattrs() })
     }
 
     fn lookup(&self, dir: u64, name: &[u8]) -> Result<Option<u64>, Error> {
@@ -80,10 +86,6 @@ impl<R: ReadAt> LayerView for Layer<R> {
 
     fn xattrs(&self, nid: u64) -> Result<Vec<Xattr>, Error> {
         self.image.xattrs(&self.image.inode(Nid(nid))?)
-    }
-
-    fn may_have_xattrs(&self) -> bool {
-        self.may_have_xattrs
     }
 }
 

@@ -93,7 +93,7 @@ impl<R: ReadAt> Vfs<R> {
             numbers: Numbers::new(layers.len()),
             caches: Mutex::default(),
             totals,
-            may_have_xattrs: layers.iter().any(crate::overlay::LayerView::may_have_xattrs),
+            may_have_xattrs: layers.iter().any(Layer::may_have_xattrs),
             overlay,
         })
     }

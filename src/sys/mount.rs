@@ -162,12 +162,12 @@ pub fn check_mount_point(path: &Path) -> Result<PathBuf, MountError> {
         _ if Errno::from_io_error(&source) == Some(Errno::NOTCONN) => MountError::Stale(path.to_owned()),
         _ => MountError::system("look at mount point", path, source),
     };
-    // Not `stat`: it would ask the server of a mount that is there already, which may be gone or busy.
     let place = path.canonicalize().map_err(refuse)?;
     if let Some(entry) = mounted_on(&place).map_err(|e| MountError::system("read mounts for", path, e))?
         && place != Path::new("/")
     {
-        if fs::metadata(&place).is_err_and(|e| Errno::from_io_error(&e) == Some(Errno::NOTCONN)) {
+        // What is cached of a dead FUSE mount still answers `stat`; `statfs` always asks the server.
+        if rustix::fs::statfs(&place).err() == Some(Errno::NOTCONN) {
             return Err(MountError::Stale(place));
         }
         let source_name = entry.source.to_string_lossy().into_owned();
@@ -211,6 +211,9 @@ pub fn unmount(path: &Path, how: Unmount) -> Result<(), MountError> {
 /// Stacks a writable overlayfs on `lower` and mounts it on `target` (root only). What is written goes to `dir/upper`;
 /// `dir/work` is overlayfs's own. Both are made if they are missing and stay when the mount is gone, so that the next
 /// one shows the same changes.
+///
+/// The overlay holds what is mounted on `lower` by itself: `lower` may be unmounted while the overlay is in use, and
+/// what was mounted there ends with the overlay.
 ///
 /// # Errors
 /// See [`MountError`].

@@ -8,6 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::panic::{self, AssertUnwindSafe};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use fuser::{
@@ -41,6 +42,8 @@ pub(super) struct Connection<R> {
     pub(super) vfs: Vfs<R>,
     pub(super) deadlines: Deadlines,
     pub(super) patience: Duration,
+    /// Requests so far.
+    pub(super) requests: AtomicU64,
 }
 
 /// A request on its way to an answer.
@@ -63,7 +66,14 @@ struct Missing {
 impl<R: Bring> Connection<R> {
     /// Answers `request`, now if its bytes are local, else when they have arrived. Never waits.
     fn handle<Q: Request>(self: &Arc<Self>, request: Q, reply: Q::Reply) {
+        self.requests.fetch_add(1, Ordering::Relaxed);
         self.go_on(Parcel { request, reply, rounds: 0, since: None });
+    }
+
+    /// Tells the kernel never to ask this again.
+    fn not_needed(&self, reply: impl Refuse) {
+        self.requests.fetch_add(1, Ordering::Relaxed);
+        reply.refuse(Failure::NotNeeded.errno());
     }
 
     fn go_on<Q: Request>(self: &Arc<Self>, parcel: Parcel<Q>) {
@@ -122,6 +132,7 @@ impl<R: Bring> Connection<R> {
             Verdict::Arrived => return Some(parcel),
             Verdict::Failed(source) => Failure::Bring { layer, range, source },
             Verdict::Forgotten => Failure::Forgotten { layer, range },
+            Verdict::Closed => Failure::Closed { layer, range },
             Verdict::Expired => Failure::Deadline { layer, range, seconds: self.patience.as_secs() },
         };
         refuse::<Q>(&parcel.request, parcel.reply, &failure);
@@ -236,14 +247,14 @@ impl<R: Bring> Filesystem for Adapter<R> {
 
     fn getxattr(&self, _caller: &Caller, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
         if !self.connection.vfs.may_have_xattrs() {
-            return reply.error(Failure::NotNeeded.errno());
+            return self.connection.not_needed(reply);
         }
         self.connection.handle(GetXattr { ino: ino.0, name: name.as_bytes().into(), size }, reply);
     }
 
     fn listxattr(&self, caller: &Caller, ino: INodeNo, size: u32, reply: ReplyXattr) {
         if !self.connection.vfs.may_have_xattrs() {
-            return reply.error(Failure::NotNeeded.errno());
+            return self.connection.not_needed(reply);
         }
         self.connection.handle(ListXattr { ino: ino.0, size, trusted: caller.uid() == 0 }, reply);
     }

@@ -41,6 +41,14 @@ pub enum Failure {
         /// Which bytes.
         range: crate::model::ByteRange,
     },
+    /// The server ends.
+    #[error("the mount is being taken down before bytes {range} of layer {layer} arrived")]
+    Closed {
+        /// Index of the layer.
+        layer: u16,
+        /// Which bytes.
+        range: crate::model::ByteRange,
+    },
     /// Bytes were brought again and again and are still absent.
     #[error("bytes {range} of layer {layer} are absent however often they are fetched")]
     StillAbsent {
@@ -74,9 +82,11 @@ impl Failure {
     pub fn errno(&self) -> Errno {
         match self {
             Self::Vfs(error) => of_vfs(error),
-            Self::Bring { .. } | Self::Deadline { .. } | Self::Forgotten { .. } | Self::StillAbsent { .. } => {
-                Errno::EIO
-            }
+            Self::Bring { .. }
+            | Self::Deadline { .. }
+            | Self::Closed { .. }
+            | Self::Forgotten { .. }
+            | Self::StillAbsent { .. } => Errno::EIO,
             Self::NoAttribute => Errno::ENODATA,
             Self::BufferTooSmall => Errno::ERANGE,
             Self::NothingBehind => Errno::ENXIO,
@@ -165,6 +175,7 @@ mod tests {
             (Failure::Bring { layer: 0, range, source: gone }, Errno::EIO),
             (Failure::Deadline { layer: 0, range, seconds: 1 }, Errno::EIO),
             (Failure::Forgotten { layer: 0, range }, Errno::EIO),
+            (Failure::Closed { layer: 0, range }, Errno::EIO),
             (Failure::StillAbsent { layer: 0, range }, Errno::EIO),
             (Failure::NoAttribute, Errno::ENODATA),
             (Failure::BufferTooSmall, Errno::ERANGE),

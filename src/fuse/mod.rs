@@ -19,6 +19,7 @@ mod tickets;
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -86,12 +87,33 @@ pub enum ServeError {
     },
 }
 
-/// A file system being served. Dropping it unmounts (lazily: files that are open stay usable until they are closed or
-/// the process ends).
+/// A file system being served. Dropping it unmounts lazily and refuses whoever waits for bytes, so that the process can
+/// end: what is open stays readable as far as it is local, until it is closed or the process is gone.
 pub struct Server {
     mount_point: PathBuf,
     end: Arc<End>,
-    waiting: Box<dyn Fn() -> usize + Send + Sync>,
+    connection: Arc<dyn Steer>,
+}
+
+/// What can be asked of a connection without knowing where its bytes come from.
+trait Steer: Send + Sync {
+    fn waiting(&self) -> usize;
+    fn requests(&self) -> u64;
+    fn close(&self);
+}
+
+impl<R: Bring> Steer for Connection<R> {
+    fn waiting(&self) -> usize {
+        self.deadlines.waiting()
+    }
+
+    fn requests(&self) -> u64 {
+        self.requests.load(Ordering::Relaxed)
+    }
+
+    fn close(&self) {
+        self.deadlines.close();
+    }
 }
 
 impl fmt::Debug for Server {
@@ -109,7 +131,7 @@ pub fn serve<R: Bring>(vfs: Vfs<R>, mount_point: &Path, options: &ServeOptions) 
     let failed = |source| ServeError::Session { mount_point: mount_point.clone(), source };
     let deadlines = Deadlines::start().map_err(failed)?;
     let acl = options.default_permissions && vfs.may_have_xattrs();
-    let connection = Arc::new(Connection { vfs, deadlines, patience: options.patience });
+    let connection = Arc::new(Connection { vfs, deadlines, patience: options.patience, requests: AtomicU64::new(0) });
     let device = mount_fuse(
         &mount_point,
         &FuseMountOptions {
@@ -119,12 +141,9 @@ pub fn serve<R: Bring>(vfs: Vfs<R>, mount_point: &Path, options: &ServeOptions) 
         },
     )?;
     let end = Arc::new(End::default());
-    let waiting = {
-        let connection = Arc::clone(&connection);
-        Box::new(move || connection.deadlines.waiting())
-    };
+    let steer = Arc::clone(&connection);
     // From here on dropping it unmounts.
-    let server = Server { mount_point: mount_point.clone(), end: Arc::clone(&end), waiting };
+    let server = Server { mount_point: mount_point.clone(), end: Arc::clone(&end), connection: steer };
     let mut config = fuser::Config::default();
     config.n_threads = Some(options.threads.max(1));
     let adapter = Adapter { connection, acl, stateless: adapter::Stateless::default() };
@@ -157,7 +176,12 @@ impl Server {
 
     /// How many requests wait for bytes.
     pub fn waiting(&self) -> usize {
-        (self.waiting)()
+        self.connection.waiting()
+    }
+
+    /// How many requests the kernel has made, except opens and what writes.
+    pub fn requests(&self) -> u64 {
+        self.connection.requests()
     }
 
     /// True if nothing is served any more, because somebody unmounted it.
@@ -208,6 +232,7 @@ impl Drop for Server {
             let error: &dyn std::error::Error = &error;
             tracing::warn!(error, "the mount stays behind");
         }
+        self.connection.close();
     }
 }
 

@@ -23,6 +23,8 @@ pub(super) enum Verdict {
     Forgotten,
     /// Its time is over.
     Expired,
+    /// Nobody will wait any more.
+    Closed,
 }
 
 /// What is done when a ticket is redeemed.
@@ -119,6 +121,7 @@ struct Table {
     /// When, and which of those at the same moment.
     waiting: BTreeMap<(Instant, u64), Weak<Ticket>>,
     next: u64,
+    closed: bool,
     over: bool,
 }
 
@@ -134,6 +137,11 @@ impl Deadlines {
     /// redeemed.
     pub(super) fn watch(&self, ticket: &Arc<Ticket>, deadline: Instant) -> Watch {
         let mut table = self.0.table();
+        if table.closed {
+            drop(table);
+            ticket.redeem(Verdict::Closed);
+            table = self.0.table();
+        }
         table.next += 1;
         let key = (deadline, table.next);
         let is_first = table.waiting.first_key_value().is_none_or(|(first, _)| key < *first);
@@ -143,6 +151,18 @@ impl Deadlines {
             self.0.changed.notify_one();
         }
         Watch { shared: Arc::clone(&self.0), key }
+    }
+
+    /// Redeems every ticket that waits, and from now on every new one at once.
+    pub(super) fn close(&self) {
+        let waiting = {
+            let mut table = self.0.table();
+            table.closed = true;
+            mem::take(&mut table.waiting)
+        };
+        for ticket in waiting.into_values().filter_map(|ticket| ticket.upgrade()) {
+            ticket.redeem(Verdict::Closed);
+        }
     }
 
     /// How many tickets wait.
@@ -255,8 +275,11 @@ mod tests {
         assert!(matches!(verdicts.recv(), Ok(("late", Verdict::Expired))));
         assert!(now.elapsed() >= Duration::from_millis(60));
         assert_eq!(deadlines.waiting(), 1);
-        drop(watches);
+        deadlines.close();
         assert_eq!(deadlines.waiting(), 0);
-        assert!(matches!(verdicts.recv(), Ok(("never", Verdict::Forgotten))));
+        assert!(matches!(verdicts.recv(), Ok(("never", Verdict::Closed))));
+        let (ticket, _redeemer) = Ticket::new();
+        let _watch = deadlines.watch(&ticket, now + Duration::from_secs(3600));
+        assert!(matches!(ticket.park((), |()| panic!("it is over already")), Some((Verdict::Closed, ()))));
     }
 }

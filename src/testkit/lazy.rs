@@ -33,7 +33,7 @@ struct State {
     present: Vec<bool>,
     asked: Vec<(ByteRange, Purpose)>,
     held: Vec<(ByteRange, Done)>,
-    script: Arc<Script>,
+    script: Script,
 }
 
 /// A lazy layer. Bytes come in granules.
@@ -61,7 +61,7 @@ impl LazyBytes {
             present: vec![false; granules],
             asked: Vec::new(),
             held: Vec::new(),
-            script: Arc::new(Box::new(|_, _| Reaction::Soon)),
+            script: Box::new(|_, _| Reaction::Soon),
         };
         Arc::new(Self { bytes, granule, state: Mutex::new(state), changed: Condvar::new() })
     }
@@ -73,9 +73,9 @@ impl LazyBytes {
         lazy
     }
 
-    /// Says what becomes of the requests from now on.
+    /// Says what becomes of the requests from now on. The script must not use the layer itself.
     pub fn script(&self, script: impl Fn(ByteRange, Purpose) -> Reaction + Send + Sync + 'static) {
-        self.state().script = Arc::new(Box::new(script));
+        self.state().script = Box::new(script);
     }
 
     /// What was asked for so far.
@@ -132,21 +132,22 @@ impl ReadAt for LazyBytes {
     }
 
     fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), ReadAtError> {
-        self.bytes.read_exact_at(offset, buf)?;
-        if buf.is_empty() {
-            return Ok(());
+        let len = buf.len() as u64;
+        if len == 0 || offset.checked_add(len).is_none_or(|end| end > self.size()) {
+            return self.bytes.read_exact_at(offset, buf);
         }
-        let state = self.state();
-        for granule in offset / self.granule..=(offset + buf.len() as u64 - 1) / self.granule {
-            let index = usize::try_from(granule).unwrap_or(usize::MAX);
-            if state.present.get(index) != Some(&true) {
-                buf.fill(0xa5);
-                let start = granule * self.granule;
-                let end = (start + self.granule).min(self.bytes.size());
-                return Err(ReadAtError::Absent(ByteRange::new(start, end).expect("granules ascend")));
-            }
-        }
-        Ok(())
+        let (first, end) = (offset / self.granule, (offset + len).div_ceil(self.granule));
+        let missing = {
+            let state = self.state();
+            (first..end).find(|granule| {
+                let index = usize::try_from(*granule).unwrap_or(usize::MAX);
+                state.present.get(index) != Some(&true)
+            })
+        };
+        let Some(missing) = missing else { return self.bytes.read_exact_at(offset, buf) };
+        buf.fill(0xa5);
+        let range = ByteRange::new(missing * self.granule, (end * self.granule).min(self.size()));
+        Err(ReadAtError::Absent(range.expect("granules ascend")))
     }
 }
 
@@ -166,12 +167,18 @@ impl ReadAt for LazyLayer {
 
 impl Bring for LazyLayer {
     fn bring(&self, range: ByteRange, purpose: Purpose, done: Done) {
-        let script = {
-            let mut state = self.0.state();
-            state.asked.push((range, purpose));
-            Arc::clone(&state.script)
-        };
-        match script(range, purpose) {
+        // Decided and held under one lock: what is held before a new script is there for `release`.
+        let mut state = self.0.state();
+        state.asked.push((range, purpose));
+        let reaction = (state.script)(range, purpose);
+        if reaction == Reaction::Hold {
+            state.held.push((range, done));
+            drop(state);
+            self.0.changed.notify_all();
+            return;
+        }
+        drop(state);
+        match reaction {
             Reaction::Now => {
                 self.0.arrive(range);
                 done(Ok(()));
@@ -183,12 +190,8 @@ impl Bring for LazyLayer {
                     done(Ok(()));
                 });
             }
-            Reaction::Hold => {
-                self.0.state().held.push((range, done));
-                self.0.changed.notify_all();
-            }
             Reaction::Fail => done(Err(Arc::new(io::Error::other("the script says that it fails")))),
-            Reaction::Forget => drop(done),
+            Reaction::Forget | Reaction::Hold => drop(done),
             Reaction::Lie => done(Ok(())),
         }
     }

@@ -17,7 +17,7 @@ use headstart::transport::{ImageSource, Transports};
 use proptest::prelude::*;
 use tokio::runtime::Runtime;
 
-use super::mount_judge::Kernel;
+use super::mounts::Kernel;
 
 const MIXED: [Compression; 3] = [Compression::Gzip, Compression::Plain, Compression::Zstd];
 
@@ -70,6 +70,16 @@ fn images_at(dir: &Path, at: &str) -> Vec<Vec<u8>> {
         }
         images
     })
+}
+
+/// The EROFS images of a stack's layers, converted, lowest first.
+pub(crate) fn converted(stack: &Stack) -> Vec<Vec<u8>> {
+    let dir = tempfile::tempdir().unwrap();
+    let (from, to) = (dir.path().join("from"), dir.path().join("to"));
+    write_layout(&from, &TestLayer::of_stack(stack, &MIXED)).unwrap();
+    let (from, to) = (format!("oci:{}:latest", from.display()), format!("oci:{}:new", to.display()));
+    convert_with(dir.path(), &from, &to, &amd64()).unwrap();
+    images_at(dir.path(), &to)
 }
 
 /// What is compared: all but link counts, and the sizes and links of directories.

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::counters::{Counting, add};
 use super::queue::{Key, LayerId};
-use super::readahead::ReadAhead;
+use super::readahead::{Reach, ReadAhead};
 use super::shared::Shared;
 use super::waiter::Waiter;
 use super::whole::Whole;
@@ -174,7 +174,7 @@ impl LayerImage {
             .intersection(ByteRange::to(chunked.index.image_size()))
             .map_or(0..0, |range| chunked.index.chunks_in(range));
         if cause.is_demand() {
-            self.reached(chunked, wanted.clone());
+            self.reached(chunked, wanted.clone(), Reach::Miss(cause));
         }
         // A fill is after what is kept: what the disk had no room for when it was read, it may have room for now.
         let has = |chunk| if cause == Cause::Fill { chunked.file.is_present(chunk) } else { self.has(chunked, chunk) };
@@ -208,7 +208,7 @@ impl LayerImage {
     }
 
     /// A reader has reached `chunks`. Those it is the first to reach count as needed and may give reason to read ahead.
-    fn reached(&self, chunked: &Chunked, chunks: Range<u32>) {
+    fn reached(&self, chunked: &Chunked, chunks: Range<u32>, reach: Reach) {
         let mut fresh: Option<Range<u32>> = None;
         for chunk in chunks.filter(|chunk| chunked.touch(*chunk)) {
             add(&self.counting.needed, chunked.index.chunk(chunk).map_or(0, |chunk| chunk.blob.len()));
@@ -217,7 +217,7 @@ impl LayerImage {
         let Some(fresh) = fresh else { return };
         let ahead = {
             let mut ahead = chunked.ahead.lock().unwrap_or_else(PoisonError::into_inner);
-            ahead.reached(fresh, chunked.index.len(), |chunk| chunked.chunk_size(chunk))
+            ahead.reached(fresh, reach, chunked.index.len(), |chunk| chunked.chunk_size(chunk))
         };
         let Some(ahead) = ahead else { return };
         let missing: Vec<u32> = ahead.filter(|chunk| !self.has(chunked, *chunk)).collect();
@@ -304,7 +304,7 @@ impl LayerImage {
                 on_disk = false;
             }
         }
-        self.reached(chunked, wanted.clone());
+        self.reached(chunked, wanted.clone(), Reach::Hit);
         if on_disk {
             return read_file(&chunked.file, range, buf);
         }

@@ -68,7 +68,8 @@ pub struct FetchConfig {
     /// Bytes that a sequential reader is kept ahead of at most; 0 never reads ahead.
     pub read_ahead: u64,
     /// Bytes at the start of a blob that are fetched along with its index, since metadata is there; 0 fetches none. A
-    /// blob of up to twice that size is fetched in one request.
+    /// blob of up to twice that size is fetched in one request. An inode with its name takes 19 to 28 bytes of compressed
+    /// metadata in layers of Debian packages, so the default brings all of it for some 14,000 files.
     pub head: u64,
     /// Bytes of chunks kept in memory while the disk is full.
     pub spare: usize,
@@ -90,7 +91,7 @@ impl Default for FetchConfig {
             cpu_threads: None,
             range: 4 << 20,
             read_ahead: 8 << 20,
-            head: 256 << 10,
+            head: 320 << 10,
             spare: 16 << 20,
             open_timeout: Duration::from_secs(180),
             stall_timeout: Duration::from_secs(180),

@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use super::Cause;
+
 /// Readers that are told apart within one layer. A dozen containers rarely stream a layer at once; one more costs the
 /// oldest its window, which it earns again within two chunks.
 const STREAMS: usize = 8;
@@ -9,6 +11,21 @@ const STREAMS: usize = 8;
 /// The first window, in bytes of the image. Two chunks in order may be chance: one more chunk of the usual size is what
 /// a wrong guess costs.
 const FIRST_WINDOW: u64 = 1 << 20;
+
+/// The largest window of a reader of metadata. Metadata ends somewhere, and a window that reaches over its end brings file
+/// data nobody asked for: half a megabyte holds four chunks of metadata as our writer cuts it, and reaches one chunk of
+/// data too far at most.
+const METADATA_WINDOW: u64 = 512 << 10;
+
+/// How a reader came to chunks it had not been at before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Reach {
+    /// They were here already. Goes on with what was begun, but begins nothing: metadata of a layer is looked at all over
+    /// without anybody going anywhere.
+    Hit,
+    /// They had to be fetched, for this.
+    Miss(Cause),
+}
 
 /// See the module's description.
 #[derive(Debug)]
@@ -25,6 +42,7 @@ struct Stream {
     /// One past the last chunk that was asked for ahead.
     ahead: u32,
     window: u64,
+    max_window: u64,
     used: u64,
 }
 
@@ -38,6 +56,7 @@ impl ReadAhead {
     pub(super) fn reached(
         &mut self,
         read: Range<u32>,
+        reach: Reach,
         chunks: u32,
         size_of: impl Fn(u32) -> u64,
     ) -> Option<Range<u32>> {
@@ -48,7 +67,12 @@ impl ReadAhead {
         let (clock, after) = (self.clock, read.end);
         let goes_on = |stream: &&mut Stream| (stream.next..=stream.ahead.max(stream.next)).contains(&read.start);
         let Some(stream) = self.streams.iter_mut().find(goes_on) else {
-            let fresh = Stream { next: after, ahead: after, window: 0, used: clock };
+            let max_window = match reach {
+                Reach::Hit => return None,
+                Reach::Miss(Cause::Metadata) => self.max_window.min(METADATA_WINDOW),
+                Reach::Miss(_) => self.max_window,
+            };
+            let fresh = Stream { next: after, ahead: after, window: 0, max_window, used: clock };
             if self.streams.len() < STREAMS {
                 self.streams.push(fresh);
             } else if let Some(oldest) = self.streams.iter_mut().min_by_key(|stream| stream.used) {
@@ -63,7 +87,7 @@ impl ReadAhead {
         if left * 2 > stream.window {
             return None;
         }
-        stream.window = (stream.window * 2).clamp(FIRST_WINDOW.min(self.max_window), self.max_window);
+        stream.window = (stream.window * 2).clamp(FIRST_WINDOW.min(stream.max_window), stream.max_window);
         let from = stream.ahead;
         let mut bytes = left;
         while stream.ahead < chunks && (bytes < stream.window) {
@@ -79,9 +103,10 @@ mod tests {
     use super::*;
 
     const MIB: u64 = 1 << 20;
+    const READ: Reach = Reach::Miss(Cause::Read);
 
     fn reach(ahead: &mut ReadAhead, chunk: u32) -> Option<Range<u32>> {
-        ahead.reached(chunk..chunk + 1, 1000, |_| MIB)
+        ahead.reached(chunk..chunk + 1, READ, 1000, |_| MIB)
     }
 
     #[test]
@@ -122,16 +147,39 @@ mod tests {
     #[test]
     fn one_large_read_is_no_stream_but_two_are() {
         let mut ahead = ReadAhead::new(8 * MIB);
-        assert_eq!(ahead.reached(10..30, 1000, |_| MIB / 64), None);
-        assert_eq!(ahead.reached(30..34, 1000, |_| MIB / 64), Some(34..98));
+        assert_eq!(ahead.reached(10..30, READ, 1000, |_| MIB / 64), None);
+        assert_eq!(ahead.reached(30..34, READ, 1000, |_| MIB / 64), Some(34..98));
+    }
+
+    #[test]
+    fn what_is_here_begins_nothing_but_is_gone_on_with() {
+        let mut ahead = ReadAhead::new(8 * MIB);
+        for chunk in 0..20 {
+            assert_eq!(ahead.reached(chunk..chunk + 1, Reach::Hit, 1000, |_| MIB), None);
+        }
+        assert_eq!(reach(&mut ahead, 20), None);
+        assert_eq!(ahead.reached(21..22, Reach::Hit, 1000, |_| MIB), Some(22..23));
+    }
+
+    #[test]
+    fn readers_of_metadata_are_kept_little_ahead_of() {
+        let mut ahead = ReadAhead::new(8 * MIB);
+        let mut last = 0;
+        for chunk in 10..40 {
+            if let Some(range) = ahead.reached(chunk..chunk + 1, Reach::Miss(Cause::Metadata), 1000, |_| MIB / 8) {
+                last = range.end;
+                assert!(last <= chunk + 1 + 4, "{range:?} is too far ahead of {chunk}");
+            }
+        }
+        assert!(last > 40);
     }
 
     #[test]
     fn the_end_is_the_end() {
         let mut ahead = ReadAhead::new(8 * MIB);
-        assert_eq!(ahead.reached(7..8, 10, |_| MIB / 4), None);
-        assert_eq!(ahead.reached(8..9, 10, |_| MIB / 4), Some(9..10));
-        assert_eq!(ahead.reached(9..10, 10, |_| MIB / 4), None);
+        assert_eq!(ahead.reached(7..8, READ, 10, |_| MIB / 4), None);
+        assert_eq!(ahead.reached(8..9, READ, 10, |_| MIB / 4), Some(9..10));
+        assert_eq!(ahead.reached(9..10, READ, 10, |_| MIB / 4), None);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::counters::{Counting, add};
 use super::queue::{Key, LayerId};
-use super::readahead::{Reach, ReadAhead};
+use super::readahead::{Around, Reach, ReadAhead};
 use super::shared::Shared;
 use super::waiter::Waiter;
 use super::whole::Whole;
@@ -45,6 +45,7 @@ pub(super) struct Chunked {
     /// A bit for each chunk that a reader has reached.
     touched: Box<[AtomicU64]>,
     ahead: Mutex<ReadAhead>,
+    around: Option<Mutex<Around>>,
     /// Every chunk below this one is present.
     complete_below: AtomicU32,
     pub(super) verifying: AtomicBool,
@@ -104,6 +105,7 @@ impl Chunked {
             file,
             touched: (0..words).map(|_| AtomicU64::new(0)).collect(),
             ahead: Mutex::new(ReadAhead::new(read_ahead)),
+            around: (read_ahead > 0).then(Mutex::default),
             complete_below: AtomicU32::new(0),
             verifying: AtomicBool::new(false),
             filling: AtomicU32::new(0),
@@ -186,17 +188,23 @@ impl LayerImage {
         // One more than there are chunks: the wishes count as a chunk until all of them are made.
         let waiter = Waiter::new(self.spec.blob, range, missing.len() + 1, deadline, done);
         let mut here = 1;
+        let mut missed: Option<Range<u32>> = None;
         {
             let mut state = self.shared.lock();
             for chunk in missing {
                 let key = Key { layer: self.id, chunk };
                 // Whoever lands a chunk marks it before it takes its entry away, so a chunk without either is missing.
                 if state.queue.knows(key) || !has(chunk) {
-                    state.want(key, cause, Some(Arc::clone(&waiter)));
+                    if state.want(key, cause, Some(Arc::clone(&waiter))) {
+                        missed = Some(missed.map_or(chunk, |missed| missed.start)..chunk + 1);
+                    }
                 } else {
                     here += 1;
                 }
             }
+        }
+        if let (Some(missed), Cause::Read) = (missed, cause) {
+            self.look_around(chunked, missed);
         }
         self.shared.pump();
         (0..here).for_each(|_| waiter.settle(Ok(())));
@@ -231,6 +239,17 @@ impl LayerImage {
             }
         }
         self.shared.pump();
+    }
+
+    /// Asks for what lies around chunks that a read has missed.
+    fn look_around(&self, chunked: &Chunked, missed: Range<u32>) {
+        let Some(around) = &chunked.around else { return };
+        let mut around = around.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.shared.lock();
+        around.missed(missed, chunked.index.len(), |chunk| {
+            let fresh = !self.has(chunked, chunk) && state.want(Key { layer: self.id, chunk }, Cause::ReadAhead, None);
+            if fresh { chunked.index.chunk(chunk).map_or(0, |chunk| chunk.blob.len()) } else { 0 }
+        });
     }
 
     /// What it has cost so far.

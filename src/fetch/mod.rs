@@ -65,7 +65,7 @@ pub struct FetchConfig {
     pub cpu_threads: Option<usize>,
     /// Bytes of one request at most.
     pub range: u64,
-    /// Bytes that a sequential reader is kept ahead of at most; 0 never reads ahead.
+    /// Bytes that a sequential reader is kept ahead of at most; 0 never reads ahead, and nothing around a miss either.
     pub read_ahead: u64,
     /// Bytes at the start of a blob that are fetched along with its index, since metadata is there; 0 fetches none. A
     /// blob of up to twice that size is fetched in one request. An inode with its name takes 19 to 28 bytes of compressed

@@ -1,4 +1,5 @@
-//! Recognises readers that move forward, and says what they will want. Pure: chunk numbers in, chunk numbers out.
+//! Guesses what will be read: what lies ahead of readers that move forward, and what lies around reads that missed. Pure:
+//! chunk numbers in, chunk numbers out.
 
 use std::ops::Range;
 
@@ -25,6 +26,45 @@ pub(super) enum Reach {
     Hit,
     /// They had to be fetched, for this.
     Miss(Cause),
+}
+
+/// Stored bytes that each miss of a layer adds to what is fetched around the next one.
+///
+/// Found by replaying the misses of `python3 -c 'import numpy'` and of listings over a link of 1 Gbit/s and 22 ms: 96
+/// misses of 2.6 s without any guess, 68 of 2.0 s with reading ahead alone, 41 of 1.3 s with this, for 32 MB instead of
+/// 27. At 100 Mbit/s 2.6 s instead of 3.2. Steps of 128 KiB gain nothing, 32 KiB and smaller limits lose what they save.
+const AROUND_STEP: u64 = 64 << 10;
+
+/// The most that is fetched around a miss.
+const AROUND_LIMIT: u64 = 512 << 10;
+
+/// How many chunks on either side of a miss are looked at for some that are missing.
+const AROUND_REACH: u32 = 32;
+
+/// What to fetch around reads that missed. A layer that is hardly used is left alone; the more often one is missed, the
+/// more of it will be needed, and near to what was needed before: files of one package lie together.
+#[derive(Debug, Default)]
+pub(super) struct Around {
+    misses: u64,
+}
+
+impl Around {
+    /// A read has missed `chunks`, of a layer of `all`. Calls `want` with chunks nearby, nearest first; it gives the
+    /// stored bytes that each will cost, 0 if it is here or on its way.
+    pub(super) fn missed(&mut self, chunks: Range<u32>, all: u32, mut want: impl FnMut(u32) -> u64) {
+        let mut left = self.misses.saturating_mul(AROUND_STEP).min(AROUND_LIMIT);
+        self.misses += 1;
+        for distance in 0..AROUND_REACH {
+            let behind = chunks.end.checked_add(distance).filter(|chunk| *chunk < all);
+            let before = chunks.start.checked_sub(distance + 1);
+            for chunk in [behind, before].into_iter().flatten() {
+                if left == 0 {
+                    return;
+                }
+                left = left.saturating_sub(want(chunk));
+            }
+        }
+    }
 }
 
 /// See the module's description.
@@ -180,6 +220,29 @@ mod tests {
         assert_eq!(ahead.reached(7..8, READ, 10, |_| MIB / 4), None);
         assert_eq!(ahead.reached(8..9, READ, 10, |_| MIB / 4), Some(9..10));
         assert_eq!(ahead.reached(9..10, READ, 10, |_| MIB / 4), None);
+    }
+
+    #[test]
+    fn the_more_misses_the_more_is_fetched_around_them() {
+        let mut around = Around::default();
+        let mut missed = |chunks: Range<u32>, all| {
+            let mut wanted = Vec::new();
+            around.missed(chunks, all, |chunk| {
+                wanted.push(chunk);
+                // Every fifth chunk is here.
+                if chunk.is_multiple_of(5) { 0 } else { 100 << 10 }
+            });
+            wanted
+        };
+        assert!(missed(50..51, 100).is_empty());
+        assert_eq!(missed(50..51, 100), [51]);
+        assert_eq!(missed(50..52, 100), [52, 49]);
+        assert_eq!(missed(54..55, 100), [55, 53, 56]);
+        assert_eq!(missed(0..1, 3), [1, 2]);
+        for _ in 0..20 {
+            missed(0..100, 100);
+        }
+        assert_eq!(missed(50..51, 100), [51, 49, 52, 48, 53, 47]);
     }
 
     #[test]

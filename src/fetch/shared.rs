@@ -45,9 +45,9 @@ pub(super) struct State {
 }
 
 impl State {
-    /// Adds a wish.
-    pub(super) fn want(&mut self, key: Key, cause: Cause, waiter: Option<Arc<Waiter>>) {
-        self.queue.want(&self.layers, key, cause, waiter);
+    /// Adds a wish. True if the chunk was not wanted before.
+    pub(super) fn want(&mut self, key: Key, cause: Cause, waiter: Option<Arc<Waiter>>) -> bool {
+        self.queue.want(&self.layers, key, cause, waiter)
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bytes::{Buf as _, Bytes};
 use futures::StreamExt as _;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tracing::Instrument as _;
 
 use super::counters::add;
@@ -181,6 +181,7 @@ async fn bring(guard: &mut FlightGuard, layer: &Arc<LayerImage>) -> Result<(), T
         }
         guard.give_way().await;
         let permit = guard.shared.budget.take(chunk.blob.len(), cause).await;
+        let begin = incoming.waited;
         let stored = incoming.take(chunk.blob.len()).await.map_err(|error| match error {
             Gone::Source(source) => {
                 let (blob, transient) = (layer.spec.blob, source.transient);
@@ -189,6 +190,7 @@ async fn bring(guard: &mut FlightGuard, layer: &Arc<LayerImage>) -> Result<(), T
             }
             Gone::Silent(error) => Trouble::Broken(error),
         })?;
+        guard.shared.lock().note_speed(chunk.blob.len(), incoming.waited.saturating_sub(begin));
         let landing = Landing::new(Arc::clone(layer), guard.key(), chunk, stored, permit);
         guard.next += 1;
         landing.queue(cause);
@@ -210,6 +212,8 @@ pub(super) struct Incoming<'a> {
     left: ByteRange,
     piece: Bytes,
     stall: Duration,
+    /// How long nothing was there to read.
+    waited: Duration,
 }
 
 impl<'a> Incoming<'a> {
@@ -224,7 +228,7 @@ impl<'a> Incoming<'a> {
             Err(_) => return Err((Gone::Silent(silent(blob, range, source.as_ref(), "no answer in time")), false)),
         };
         let stall = shared.config.stall_timeout;
-        Ok(Self { layer, blob, stream, left: range, piece: Bytes::new(), stall })
+        Ok(Self { layer, blob, stream, left: range, piece: Bytes::new(), stall, waited: Duration::ZERO })
     }
 
     /// The next `len` bytes.
@@ -245,7 +249,10 @@ impl<'a> Incoming<'a> {
 
     async fn next_piece(&mut self) -> Result<Bytes, Gone> {
         let gone = |what| Gone::Silent(silent(self.blob, self.left, self.layer.source.as_ref(), what));
-        match timeout(self.stall, self.stream.next()).await {
+        let begin = Instant::now();
+        let next = timeout(self.stall, self.stream.next()).await;
+        self.waited += begin.elapsed();
+        match next {
             Ok(Some(Ok(piece))) => {
                 add(&self.layer.counting.fetched, piece.len() as u64);
                 Ok(piece)

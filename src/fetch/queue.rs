@@ -46,14 +46,25 @@ enum Place {
     Flying { flight: u64 },
 }
 
-/// How far a chunk may be behind what its flight reads now before somebody who waits for it gets a request of his own:
-/// at 10 Mbit/s that many bytes take a quarter of a second, at 1 Gbit/s less than a round trip.
-pub(super) const PATIENCE_BYTES: u64 = 256 << 10;
-
 /// What the queue has to know about chunks to join them.
 pub(super) trait Layout {
     /// Where the chunk lies in its blob: start and end.
     fn blob_range(&self, key: Key) -> Option<(u64, u64)>;
+
+    /// How many bytes a chunk may lie behind what its background flight reads now before somebody who waits for it
+    /// gets a request of his own.
+    fn patience(&self) -> u64;
+}
+
+/// How far a background flight is.
+#[derive(Debug, Clone, Copy)]
+struct Progress {
+    layer: LayerId,
+    /// The chunk that it reads now.
+    now: u32,
+    end: u32,
+    /// False if it has begun a chunk since somebody looked.
+    looked_at: bool,
 }
 
 /// See the module's description. `W` is who waits.
@@ -61,8 +72,8 @@ pub(super) trait Layout {
 pub(super) struct Queue<W> {
     entries: HashMap<Key, Entry<W>>,
     order: BTreeSet<(Cause, u64, Key)>,
-    /// Flights for what nobody waits for, with the chunk that each reads now.
-    background: HashMap<u64, u32>,
+    /// Flights for what nobody waits for.
+    background: HashMap<u64, Progress>,
     next: u64,
 }
 
@@ -93,8 +104,9 @@ impl<W> Queue<W> {
                 }
                 Place::Flying { flight } if cause.is_demand() => {
                     let start = |chunk| layout.blob_range(Key { chunk, ..key }).map(|(start, _)| start);
-                    let now = self.background.get(&flight).and_then(|now| start(*now));
-                    if now.zip(start(key.chunk)).is_some_and(|(now, then)| then.saturating_sub(now) > PATIENCE_BYTES) {
+                    let now = self.background.get(&flight).and_then(|progress| start(progress.now));
+                    if now.zip(start(key.chunk)).is_some_and(|(now, then)| then.saturating_sub(now) > layout.patience())
+                    {
                         self.order.insert((cause, seq, key));
                         entry.place = Place::Queued { seq };
                     }
@@ -166,7 +178,7 @@ impl<W> Queue<W> {
             }
         }
         if !cause.is_demand() {
-            self.background.insert(id, first);
+            self.background.insert(id, Progress { layer: key.layer, now: first, end, looked_at: false });
         }
         Some(Flight { id, layer: key.layer, first, end, cause, attempt })
     }
@@ -178,8 +190,9 @@ impl<W> Queue<W> {
 
     /// Takes note that `flight` reads `chunk` now. False if it should not: somebody else brings that chunk.
     pub(super) fn advance(&mut self, flight: &Flight, chunk: u32) -> bool {
-        if let Some(now) = self.background.get_mut(&flight.id) {
-            *now = chunk;
+        if let Some(progress) = self.background.get_mut(&flight.id) {
+            progress.now = chunk;
+            progress.looked_at = false;
         }
         self.belongs(Key { layer: flight.layer, chunk }, flight.id)
     }
@@ -190,6 +203,32 @@ impl<W> Queue<W> {
             let entry = self.entries.get(&Key { layer: flight.layer, chunk });
             entry.is_some_and(|entry| entry.place == Place::Flying { flight: flight.id } && entry.cause.is_demand())
         })
+    }
+
+    /// Queues again what somebody waits for and what travels in a background flight that has not begun another chunk
+    /// since this was called before. True if there was anything.
+    pub(super) fn overtake_stalled(&mut self) -> bool {
+        let mut stalled = Vec::new();
+        for (id, progress) in &mut self.background {
+            if std::mem::replace(&mut progress.looked_at, true) {
+                stalled.push((*id, *progress));
+            }
+        }
+        let mut any = false;
+        for (id, Progress { layer, now, end, .. }) in stalled {
+            for chunk in now..end {
+                let (seq, key) = (self.tick(), Key { layer, chunk });
+                if let Some(entry) = self.entries.get_mut(&key)
+                    && entry.place == (Place::Flying { flight: id })
+                    && entry.cause.is_demand()
+                {
+                    entry.place = Place::Queued { seq };
+                    self.order.insert((entry.cause, seq, key));
+                    any = true;
+                }
+            }
+        }
+        any
     }
 
     /// `flight` ends before it has brought the chunks from `next` on: those that were left to it are queued again.
@@ -255,6 +294,10 @@ mod tests {
         fn blob_range(&self, key: Key) -> Option<(u64, u64)> {
             let start = u64::from(key.chunk) * 10 + u64::from(key.chunk / 100) * 5;
             (key.chunk < 1000).then_some((start, start + 10))
+        }
+
+        fn patience(&self) -> u64 {
+            u64::MAX
         }
     }
 
@@ -339,6 +382,10 @@ mod tests {
         fn blob_range(&self, key: Key) -> Option<(u64, u64)> {
             Some((u64::from(key.chunk) * 102_400, u64::from(key.chunk + 1) * 102_400))
         }
+
+        fn patience(&self) -> u64 {
+            256 << 10
+        }
     }
 
     #[test]
@@ -364,6 +411,25 @@ mod tests {
         let rest = queue.take_flight(&Large, |_| u64::MAX).unwrap();
         assert_eq!((rest.first, rest.end, rest.cause), (8, 10, Cause::Fill));
         assert_eq!(queue.settle(key(7)), [7, 70]);
+    }
+
+    #[test]
+    fn whoever_waits_does_not_wait_for_a_flight_that_stalls() {
+        let mut queue = Queue::<u32>::new();
+        for chunk in 0..10 {
+            queue.want(&Large, key(chunk), Cause::Fill, None);
+        }
+        let stalled = queue.take_flight(&Large, |_| u64::MAX).unwrap();
+        assert!(queue.advance(&stalled, 3));
+        queue.want(&Large, key(4), Cause::Read, None);
+        assert!(!queue.overtake_stalled(), "it has had no time to stall");
+        assert!(queue.advance(&stalled, 4));
+        assert!(!queue.overtake_stalled(), "it goes on");
+        assert!(queue.overtake_stalled());
+        let own = queue.take_flight(&Large, |_| u64::MAX).unwrap();
+        assert_eq!((own.first, own.end, own.cause), (4, 5, Cause::Read));
+        assert!(!queue.overtake_stalled());
+        assert!(queue.belongs(key(5), stalled.id) && !queue.belongs(key(4), stalled.id));
     }
 
     #[test]

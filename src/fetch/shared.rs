@@ -20,8 +20,16 @@ use super::{Cause, FetchConfig, FetchError, LayerImage};
 use crate::chunked::ChunkIndex;
 use crate::store::Store;
 
-/// How often somebody looks for overdue waiters. Deadlines are tens of seconds.
+/// How often somebody looks for overdue waiters and for background flights that have stalled.
 const SWEEP: Duration = Duration::from_secs(1);
+
+/// How long somebody who waits leaves a chunk to the background flight that brings it. A request of his own takes a round
+/// trip, and cutting the flight costs its connection and what is in its buffers.
+const PATIENCE: Duration = Duration::from_millis(100);
+
+/// Bounds of what [`PATIENCE`] is in bytes: less is not worth a request, more trusts too much in what was before.
+const MIN_PATIENCE: u64 = 256 << 10;
+const MAX_PATIENCE: u64 = 2 << 20;
 
 /// See the module's description. The lock of `state` is never held while anything is called that may take time or
 /// another lock, nor while a layer or a waiter may be dropped.
@@ -45,6 +53,11 @@ pub(super) struct State {
 }
 
 impl State {
+    /// Takes note of how fast bytes came.
+    pub(super) fn note_speed(&mut self, bytes: u64, waited: Duration) {
+        self.layers.speed.note(bytes, waited);
+    }
+
     /// Adds a wish. True if the chunk was not wanted before.
     pub(super) fn want(&mut self, key: Key, cause: Cause, waiter: Option<Arc<Waiter>>) -> bool {
         self.queue.want(&self.layers, key, cause, waiter)
@@ -52,12 +65,32 @@ impl State {
 }
 
 #[derive(Default)]
-struct Layers(HashMap<LayerId, (Arc<ChunkIndex>, Weak<LayerImage>)>);
+struct Layers {
+    known: HashMap<LayerId, (Arc<ChunkIndex>, Weak<LayerImage>)>,
+    speed: Speed,
+}
 
 impl Layout for Layers {
     fn blob_range(&self, key: Key) -> Option<(u64, u64)> {
-        let (index, _) = self.0.get(&key.layer)?;
+        let (index, _) = self.known.get(&key.layer)?;
         index.chunk(key.chunk).map(|chunk| (chunk.blob.start(), chunk.blob.end()))
+    }
+
+    fn patience(&self) -> u64 {
+        self.speed.0.clamp(MIN_PATIENCE, MAX_PATIENCE)
+    }
+}
+
+/// How many bytes one flight brings within [`PATIENCE`] while it waits for the network, smoothed over some ten chunks.
+#[derive(Debug, Default)]
+struct Speed(u64);
+
+impl Speed {
+    fn note(&mut self, bytes: u64, waited: Duration) {
+        // Bytes that were there already say only that the network is not what is slow.
+        let waited = waited.max(Duration::from_millis(1));
+        let bytes = u128::from(bytes) * PATIENCE.as_micros() / waited.as_micros();
+        self.0 = self.0 - self.0 / 8 + u64::try_from(bytes / 8).unwrap_or(u64::MAX >> 8);
     }
 }
 
@@ -102,14 +135,14 @@ impl Shared {
     }
 
     pub(super) fn enter(&self, id: LayerId, index: Arc<ChunkIndex>, layer: Weak<LayerImage>) {
-        self.lock().layers.0.insert(id, (index, layer));
+        self.lock().layers.known.insert(id, (index, layer));
     }
 
     /// A layer is gone: nobody wants its chunks any more.
     pub(super) fn leave(&self, id: LayerId, chunks: u32) {
         let gone: Vec<_> = {
             let mut state = self.lock();
-            state.layers.0.remove(&id);
+            state.layers.known.remove(&id);
             if state.queue.wanted(id) == 0 {
                 Vec::new()
             } else {
@@ -134,7 +167,7 @@ impl Shared {
                 running.all += 1;
                 running.background += usize::from(!flight.cause.is_demand());
                 self.demand.send_replace(running.all - running.background);
-                let layer = layers.0.get(&flight.layer).map(|(_, layer)| Weak::clone(layer)).unwrap_or_default();
+                let layer = layers.known.get(&flight.layer).map(|(_, layer)| Weak::clone(layer)).unwrap_or_default();
                 flights.push((flight, layer));
             }
         }
@@ -167,6 +200,9 @@ async fn sweep(shared: Weak<Shared>) {
         tokio::time::sleep(SWEEP).await;
         let Some(shared) = shared.upgrade() else { return };
         let now = Instant::now();
+        if shared.lock().queue.overtake_stalled() {
+            shared.pump();
+        }
         let overdue: Vec<_> =
             shared.lock().queue.waiters().filter(|waiter| waiter.is_overdue(now)).map(Arc::clone).collect();
         overdue.iter().for_each(|waiter| waiter.expire());

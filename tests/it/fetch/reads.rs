@@ -225,7 +225,7 @@ fn connections_are_bounded_and_some_are_kept_for_those_who_wait() {
 #[test]
 fn whoever_waits_overtakes_a_long_background_flight() {
     let stage = Stage::new(FetchConfig { range: 64 << 20, ..plain() });
-    let layer = TestLayer::new(&[400_000; 8], Compression::None);
+    let layer = TestLayer::new(&[400_000; 9], Compression::None);
     let image = stage.open(&layer);
     stage.source.forget();
     let gate = Gate::closed();
@@ -238,13 +238,29 @@ fn whoever_waits_overtakes_a_long_background_flight() {
     image.fill(move |result| sender.send(result).unwrap());
     until("the first chunk is there", || image.read_exact_at(0, &mut [0; 10]).is_ok());
     assert_eq!(image.state(), LayerState::Filling);
-    assert_eq!(read(&image, 2_400_000, 1000).unwrap(), layer.image[2_400_000..2_401_000]);
-    assert_eq!(ranges(&stage), [blob_range(&layer, 0, 7), blob_range(&layer, 6, 6)]);
+    assert_eq!(read(&image, 2_800_000, 1000).unwrap(), layer.image[2_800_000..2_801_000]);
+    assert_eq!(ranges(&stage), [blob_range(&layer, 0, 8), blob_range(&layer, 7, 7)]);
     gate.open();
     filled.recv_timeout(PATIENCE).unwrap().unwrap();
-    assert_eq!(read(&image, 0, 3_200_000).unwrap(), layer.image);
-    assert_eq!(ranges(&stage)[2..], [blob_range(&layer, 7, 7)], "a chunk came twice, or never");
-    assert_eq!(image.counters().chunks, 8);
+    assert_eq!(read(&image, 0, 3_600_000).unwrap(), layer.image);
+    assert_eq!(ranges(&stage)[2..], [blob_range(&layer, 8, 8)], "a chunk came twice, or never");
+    assert_eq!(image.counters().chunks, 9);
+}
+
+#[test]
+fn whoever_waits_does_not_wait_for_a_background_flight_that_stalls() {
+    let stage = Stage::new(plain());
+    let layer = TestLayer::new(&[5000; 8], Compression::None);
+    let image = stage.open(&layer);
+    stage.source.forget();
+    stage
+        .source
+        .script(move |asked| Answer { end: (asked.number == 0).then_some((7000, Ending::Stall)), ..Answer::default() });
+    let ahead = ask(&image, 0, 40_000, Cause::ReadAhead);
+    until("the first chunk is there", || image.read_exact_at(0, &mut [0; 10]).is_ok());
+    assert_eq!(read(&image, 6000, 10_000).unwrap(), layer.image[6000..16_000]);
+    assert_eq!(ranges(&stage), [blob_range(&layer, 0, 7), blob_range(&layer, 1, 3)]);
+    assert!(ahead.try_recv().is_err());
 }
 
 #[test]

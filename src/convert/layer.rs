@@ -16,13 +16,15 @@ use std::path::{Path, PathBuf};
 
 use rayon::ThreadPool;
 
+use super::adopt::settle;
+pub use super::adopt::{LowerDirectory, LowerError, LowerFile, LowerLayers};
 use super::blob::Blob;
 use super::packer::{BlockStore, EarlyFiles, Packer};
 use crate::chunked::{AssembleError, BlobSummary, ChunkError, MAX_CHUNK_SIZE};
 use crate::erofs::writer::{
     BLOCK_SIZE, Extents, FileData, ImageIdentity, LayerRole, Plan, Tree, TreeError, TreeStatistics, UnresolvedLink,
 };
-use crate::model::{DiffId, EntryKind, LayerEntry, Metadata, RangeError, RelPath};
+use crate::model::{DiffId, EntryKind, RangeError, RelPath};
 use crate::tar;
 
 /// Where a blob is cut.
@@ -126,6 +128,9 @@ pub enum LayerError {
         #[source]
         source: LowerError,
     },
+    /// Far more paths lead through symbolic links of lower layers than any real layer has.
+    #[error("more than {0} of the layer's directories are symbolic links in the layers below")]
+    TooManyLinks(usize),
     /// The temporary file.
     #[error("cannot use a temporary file in {}", directory.display())]
     Spool {
@@ -150,34 +155,6 @@ pub enum LayerError {
     /// Offsets beyond 64 bits.
     #[error("the converted layer is too large")]
     Range(#[from] RangeError),
-}
-
-/// Why a lower layer did not deliver: whoever implements [`LowerLayers`] knows.
-pub type LowerError = Box<dyn std::error::Error + Send + Sync>;
-
-/// The layers below, merged, for the rare layer that cannot stand alone.
-pub trait LowerLayers {
-    /// The file at `path` (never a directory) with its content, for hard links of this layer that name it; none if
-    /// there is no such file.
-    ///
-    /// # Errors
-    /// It cannot be read.
-    fn file(&mut self, path: &RelPath) -> Result<Option<LowerFile<'_>>, LowerError>;
-
-    /// The metadata of the directory at `path`, for one that this layer needs but has no entry for; none if there is
-    /// no such directory.
-    ///
-    /// # Errors
-    /// It cannot be read.
-    fn directory(&mut self, path: &RelPath) -> Result<Option<Metadata>, LowerError>;
-}
-
-/// A file of a lower layer.
-pub struct LowerFile<'a> {
-    /// Its kind and metadata; the path means nothing.
-    pub entry: LayerEntry,
-    /// Of a regular file: exactly its bytes.
-    pub content: Box<dyn Read + 'a>,
 }
 
 /// What is in a converted layer.
@@ -222,7 +199,7 @@ pub fn convert_layer<W: Write>(
     source: impl Read,
     options: &LayerOptions,
     pool: &ThreadPool,
-    mut lower: Option<&mut dyn LowerLayers>,
+    lower: Option<&mut dyn LowerLayers>,
     sink: W,
 ) -> Result<(W, ConvertedLayer), LayerError> {
     let mut tree = Tree::new(options.role);
@@ -246,12 +223,7 @@ pub fn convert_layer<W: Write>(
     }
     let tar_bytes = reader.offset();
 
-    if options.role == LayerRole::Upper
-        && let Some(lower) = lower.as_deref_mut()
-    {
-        adopt_directories(&mut tree, lower)?;
-    }
-    bring_links(&mut tree, &mut packer, lower, &mut buffer)?;
+    settle(&mut tree, &mut packer, lower, &mut buffer)?;
 
     let late = packer.finish()?;
     let (layout, early) = early.finish(pool)?.unzip();
@@ -293,51 +265,4 @@ fn store_file(
         }
     }
     store.end(extents)
-}
-
-/// Directories without entry look like those below.
-fn adopt_directories(tree: &mut Tree, lower: &mut dyn LowerLayers) -> Result<(), LayerError> {
-    for path in tree.implied_directories() {
-        let found = lower.directory(&path).map_err(|source| LayerError::Lower { path: path.clone(), source })?;
-        if let Some(metadata) = found {
-            tree.set_implied_directory(&path, &metadata)?;
-        }
-    }
-    Ok(())
-}
-
-/// Files of lower layers that hard links name are copied into this one.
-fn bring_links(
-    tree: &mut Tree,
-    packer: &mut Packer<'_>,
-    lower: Option<&mut dyn LowerLayers>,
-    buffer: &mut [u8],
-) -> Result<(), LayerError> {
-    let missing = tree.unresolved_links()?;
-    if missing.is_empty() {
-        return Ok(());
-    }
-    let Some(lower) = lower else { return Err(LayerError::NeedsLower(missing)) };
-    for UnresolvedLink { target, path } in missing {
-        let failed = |source: LowerError| LayerError::Lower { path: target.clone(), source };
-        let Some(LowerFile { entry, mut content }) = lower.file(&target).map_err(failed)? else {
-            return Err(TreeError::DanglingLink { path, target }.into());
-        };
-        let data = match entry.kind {
-            EntryKind::Regular { size } => {
-                let mut extents = packer.begin(size, tree)?;
-                let mut left = size;
-                while left > 0 {
-                    let len = usize::try_from(left).map_or(buffer.len(), |left| left.min(buffer.len()));
-                    content.read_exact(&mut buffer[..len]).map_err(|error| failed(error.into()))?;
-                    extents.push(&buffer[..len], &mut |blocks| packer.put(blocks))?;
-                    left -= len as u64;
-                }
-                packer.end(extents)?
-            }
-            _ => FileData::EMPTY,
-        };
-        tree.bring(&target, &entry, &data)?;
-    }
-    Ok(())
 }

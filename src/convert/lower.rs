@@ -3,6 +3,7 @@
 //!
 //! Asking waits until the lower layers are converted. They never wait for an upper one, so somebody always moves.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::{self, BufWriter, Read};
 use std::sync::Arc;
@@ -10,7 +11,7 @@ use std::sync::Arc;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
-use super::layer::{LowerError, LowerFile, LowerLayers};
+use super::adopt::{LowerDirectory, LowerError, LowerFile, LowerLayers};
 use super::readback::{BlobError, BlobImage};
 use crate::chunked::{BlobSummary, SequentialError, SequentialReader};
 use crate::erofs::{self, Image, Inode, Nid};
@@ -99,28 +100,72 @@ impl ReadAt for Bytes {
 
 type View = Layer<Bytes>;
 
+/// A lower layer as it becomes known.
+#[derive(Debug, Clone)]
+pub(super) struct LayerBelow {
+    /// When it is finished.
+    pub(super) image: watch::Receiver<Option<Below>>,
+    /// Earlier: when its tar has been read.
+    pub(super) root: watch::Receiver<Option<Root>>,
+}
+
+/// The root of the merged tree up to a layer. Nearly every layer asks for it, since few tars have an entry for it;
+/// that is why it does not wait for the layers below to be finished.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Root {
+    /// It looks so.
+    Is(Metadata),
+    /// Only the image tells.
+    InImage,
+    /// The layer is not part of the stack.
+    Aside,
+}
+
 /// The layers below.
 pub(super) struct Lower {
     runtime: Handle,
     source: ImageSource,
-    layers: Vec<watch::Receiver<Option<Below>>>,
-    merged: Option<Overlay<View>>,
+    layers: Vec<LayerBelow>,
+    /// None inside if there are no layers below.
+    merged: Option<Option<Overlay<View>>>,
     asked: Asked,
+    /// Where to tell what the root of this layer looks like.
+    root: watch::Sender<Option<Root>>,
 }
 
 /// What a layer asked of those below it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Asked {
     /// For directories only: each with the answer.
-    Directories(Vec<(RelPath, Option<Metadata>)>),
+    Directories(Vec<(RelPath, LowerDirectory)>),
     /// For contents too.
     Files,
 }
 
+/// Which symbolic links are followed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Follow {
+    Nothing,
+    Parents,
+    All,
+}
+
+/// What a path leads to, and the same path without symbolic links.
+struct Way {
+    found: Found,
+    path: RelPath,
+}
+
 impl Lower {
-    /// `layers` are all that stand below in the manifest, the lowest first.
-    pub(super) fn new(runtime: Handle, source: ImageSource, layers: Vec<watch::Receiver<Option<Below>>>) -> Self {
-        Self { runtime, source, layers, merged: None, asked: Asked::Directories(Vec::new()) }
+    /// `layers` are all that stand below in the manifest, the lowest first; `root` is told what this layer's root
+    /// looks like.
+    pub(super) fn new(
+        runtime: Handle,
+        source: ImageSource,
+        layers: Vec<LayerBelow>,
+        root: watch::Sender<Option<Root>>,
+    ) -> Self {
+        Self { runtime, source, layers, merged: None, asked: Asked::Directories(Vec::new()), root }
     }
 
     /// What was asked.
@@ -138,31 +183,28 @@ impl Lower {
         }
     }
 
-    fn merged(&mut self) -> Result<&Overlay<View>, BelowError> {
+    /// The merged layers; none if there are none.
+    fn merged(&mut self) -> Result<Option<&Overlay<View>>, BelowError> {
         if self.merged.is_none() {
             self.merged = Some(self.open()?);
         }
-        Ok(self.merged.as_ref().expect("it was just opened"))
+        Ok(self.merged.as_ref().and_then(Option::as_ref))
     }
 
-    fn open(&mut self) -> Result<Overlay<View>, BelowError> {
+    fn open(&mut self) -> Result<Option<Overlay<View>>, BelowError> {
         let mut views = Vec::new();
         for layer in 0..self.layers.len() {
-            let Some(receiver) = self.layers.get_mut(layer) else { break };
-            let below = self
-                .runtime
-                .block_on(receiver.wait_for(Option::is_some))
-                .map_err(|_| BelowError::Failed(layer))?
-                .clone();
+            let Some(receiver) = self.layers.get_mut(layer).map(|layer| &mut layer.image) else { break };
+            let below = wait(&self.runtime, receiver).ok_or(BelowError::Failed(layer))?;
             let bytes = match below {
-                Some(Below::Converted { file, summary }) => Bytes::Blob(BlobImage::open(file, &summary)?),
-                Some(Below::Kept { descriptor }) => Bytes::File(self.inflate(layer, &descriptor)?),
-                Some(Below::Aside) | None => continue,
+                Below::Converted { file, summary } => Bytes::Blob(BlobImage::open(file, &summary)?),
+                Below::Kept { descriptor } => Bytes::File(self.inflate(layer, &descriptor)?),
+                Below::Aside => continue,
             };
             let image = Image::open(bytes).map_err(|source| BelowError::Image { layer, source })?;
             views.push(Layer::new(image));
         }
-        Ok(Overlay::new(views)?)
+        Ok(if views.is_empty() { None } else { Some(Overlay::new(views)?) })
     }
 
     /// The image of a layer that was EROFS before, in a temporary file.
@@ -181,58 +223,26 @@ impl Lower {
         out.into_inner().map_err(|error| spooled(error.into_error()))
     }
 
-    /// What `path` names, symbolic links followed but for the last part if `follow`.
-    fn find(&mut self, path: &RelPath, follow: bool) -> Result<Option<Found>, BelowError> {
-        if self.layers.is_empty() {
-            return Ok(None);
-        }
-        let merged = self.merged()?;
-        let mut stack = vec![merged.root()?];
-        let mut left: Vec<Step> = path.components().iter().rev().cloned().map(Step::Into).collect();
-        let (mut followed, mut steps) = (0, 0);
-        while let Some(step) = left.pop() {
-            steps += 1;
-            if steps > MAX_STEPS {
-                return Err(BelowError::Loop);
-            }
-            let name = match step {
-                Step::Into(name) => name,
-                Step::Up => {
-                    if stack.len() > 1 {
-                        stack.pop();
-                    }
-                    continue;
+    /// What the merged root looks like, without waiting for images where that can be.
+    fn root(&mut self) -> Result<Option<Metadata>, BelowError> {
+        for (layer, below) in self.layers.iter_mut().enumerate().rev() {
+            match wait(&self.runtime, &mut below.root).ok_or(BelowError::Failed(layer))? {
+                Root::Is(metadata) => return Ok(Some(metadata)),
+                Root::Aside => {}
+                Root::InImage => {
+                    let Some(merged) = self.merged()? else { return Ok(None) };
+                    return metadata(merged, &merged.root()?).map(Some);
                 }
-                Step::Root => {
-                    stack.truncate(1);
-                    continue;
-                }
-            };
-            let Some(here) = stack.last() else { return Ok(None) };
-            let Some(found) = merged.lookup(&here.parts(), name.as_bytes())? else { return Ok(None) };
-            match found.attributes.kind {
-                FileKind::Directory => stack.push(found),
-                _ if left.is_empty() => return Ok(Some(found)),
-                FileKind::Symlink if follow => {
-                    followed += 1;
-                    if followed > MAX_FOLLOWED {
-                        return Err(BelowError::Loop);
-                    }
-                    let (image, inode) = open_inode(merged, found.node)?;
-                    let target = image.read_link(&inode).map_err(|source| in_layer(found.node, source))?;
-                    follow_link(&target, &mut left)?;
-                }
-                _ => return Ok(None),
             }
         }
-        Ok(stack.pop())
+        Ok(None)
     }
 
     fn file_at(&mut self, path: &RelPath) -> Result<Option<LowerFile<'_>>, BelowError> {
-        let Some(found) = self.find(path, true)? else { return Ok(None) };
-        let merged = self.merged()?;
+        let Some(merged) = self.merged()? else { return Ok(None) };
+        let Some(Way { found, path }) = find(merged, path, Follow::Parents)? else { return Ok(None) };
         let (image, inode) = open_inode(merged, found.node)?;
-        let Attributes { size, rdev, .. } = found.attributes;
+        let Attributes { size, rdev, nlink, .. } = found.attributes;
         let kind = match found.attributes.kind {
             FileKind::Regular => EntryKind::Regular { size },
             FileKind::Symlink => {
@@ -245,16 +255,29 @@ impl Lower {
             FileKind::Socket => return Err(BelowError::Socket),
         };
         let metadata = metadata(merged, &found)?;
-        let entry = LayerEntry { path: path.clone(), kind, metadata };
-        Ok(Some(LowerFile { entry, content: Box::new(Content { image, inode, position: 0 }) }))
+        let names = if nlink > 1 { names_of(merged, found.node)? } else { vec![path.clone()] };
+        let entry = LayerEntry { path, kind, metadata };
+        Ok(Some(LowerFile { entry, names, content: Box::new(Content { image, inode, position: 0 }) }))
     }
 
-    fn directory_at(&mut self, path: &RelPath) -> Result<Option<Metadata>, BelowError> {
-        let Some(found) = self.find(path, false)? else { return Ok(None) };
-        if found.attributes.kind != FileKind::Directory {
-            return Ok(None);
+    fn directory_at(&mut self, path: &RelPath) -> Result<LowerDirectory, BelowError> {
+        if path.is_root() {
+            return Ok(self.root()?.map_or(LowerDirectory::Nothing, LowerDirectory::Directory));
         }
-        metadata(self.merged()?, &found).map(Some)
+        let Some(merged) = self.merged()? else { return Ok(LowerDirectory::Nothing) };
+        let Some(Way { found, .. }) = find(merged, path, Follow::Nothing)? else { return Ok(LowerDirectory::Nothing) };
+        match found.attributes.kind {
+            FileKind::Directory => metadata(merged, &found).map(LowerDirectory::Directory),
+            FileKind::Symlink => Ok(match find(merged, path, Follow::All) {
+                Ok(Some(Way { found, path })) if found.attributes.kind == FileKind::Directory => {
+                    LowerDirectory::LinkTo(path)
+                }
+                // A link that leads nowhere is replaced by the directory.
+                Ok(_) | Err(BelowError::Loop | BelowError::Name(_)) => LowerDirectory::Nothing,
+                Err(error) => return Err(error),
+            }),
+            _ => Ok(LowerDirectory::Nothing),
+        }
     }
 }
 
@@ -264,13 +287,101 @@ impl LowerLayers for Lower {
         Ok(self.file_at(path)?)
     }
 
-    fn directory(&mut self, path: &RelPath) -> Result<Option<Metadata>, LowerError> {
+    fn directory(&mut self, path: &RelPath) -> Result<LowerDirectory, LowerError> {
         let found = self.directory_at(path)?;
         if let Asked::Directories(asked) = &mut self.asked {
             asked.push((path.clone(), found.clone()));
         }
         Ok(found)
     }
+
+    fn root_is(&mut self, root: &Metadata) {
+        self.root.send_replace(Some(Root::Is(root.clone())));
+    }
+}
+
+/// Waits for a value; none if it will never come.
+fn wait<T: Clone>(runtime: &Handle, receiver: &mut watch::Receiver<Option<T>>) -> Option<T> {
+    runtime.block_on(receiver.wait_for(Option::is_some)).ok()?.clone()
+}
+
+/// What `path` leads to.
+fn find(merged: &Overlay<View>, path: &RelPath, follow: Follow) -> Result<Option<Way>, BelowError> {
+    let mut way = vec![(merged.root()?, RelPath::root())];
+    let mut left: Vec<Step> = path.components().iter().rev().cloned().map(Step::Into).collect();
+    let (mut followed, mut steps) = (0, 0);
+    while let Some(step) = left.pop() {
+        steps += 1;
+        if steps > MAX_STEPS {
+            return Err(BelowError::Loop);
+        }
+        let name = match step {
+            Step::Into(name) => name,
+            Step::Up => {
+                if way.len() > 1 {
+                    way.pop();
+                }
+                continue;
+            }
+            Step::Root => {
+                way.truncate(1);
+                continue;
+            }
+        };
+        let Some((here, path)) = way.last() else { return Ok(None) };
+        let Some(found) = merged.lookup(&here.parts(), name.as_bytes())? else { return Ok(None) };
+        let is_last = left.is_empty();
+        let follows = follow == Follow::All || (follow == Follow::Parents && !is_last);
+        match found.attributes.kind {
+            FileKind::Directory => {
+                let path = path.join(name);
+                way.push((found, path));
+            }
+            FileKind::Symlink if follows => {
+                followed += 1;
+                if followed > MAX_FOLLOWED {
+                    return Err(BelowError::Loop);
+                }
+                let (image, inode) = open_inode(merged, found.node)?;
+                let target = image.read_link(&inode).map_err(|source| in_layer(found.node, source))?;
+                follow_link(&target, &mut left)?;
+            }
+            _ if is_last => return Ok(Some(Way { found, path: path.join(name) })),
+            _ => return Ok(None),
+        }
+    }
+    Ok(way.pop().map(|(found, path)| Way { found, path }))
+}
+
+/// All names under which a file with several shows in the merged tree. Hard links lie in one layer, so that one is
+/// walked; seldom, and never without a file to bring.
+fn names_of(merged: &Overlay<View>, node: NodeId) -> Result<Vec<RelPath>, BelowError> {
+    let image = merged.layer(node.layer)?.image();
+    let broken = |source| in_layer(node, source);
+    let mut names = Vec::new();
+    let mut seen = HashSet::new();
+    let mut left = vec![(image.root(), RelPath::root())];
+    while let Some((nid, path)) = left.pop() {
+        // A directory that an image made by others names twice.
+        if !seen.insert(nid) {
+            continue;
+        }
+        for entry in image.entries(&image.inode(nid).map_err(broken)?).map_err(broken)? {
+            let is_file = entry.nid.0 == node.nid;
+            if !is_file && entry.kind.is_some_and(|kind| kind != FileKind::Directory) {
+                continue;
+            }
+            let path = path.join(entry.name.clone());
+            if is_file {
+                let shown = find(merged, &path, Follow::Nothing)?;
+                names.extend(shown.filter(|way| way.found.node == node).map(|way| way.path));
+            } else if image.inode(entry.nid).map_err(broken)?.attributes().kind == FileKind::Directory {
+                left.push((entry.nid, path));
+            }
+        }
+    }
+    names.sort();
+    Ok(names)
 }
 
 /// A part of a path on the way.

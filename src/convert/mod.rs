@@ -1,5 +1,6 @@
 //! From tar layers to chunked EROFS layers: composition only.
 
+mod adopt;
 mod ahead;
 mod blob;
 mod events;

@@ -20,7 +20,7 @@ use super::ahead::ReadAhead;
 use super::events::{Event, Observer, Outcome};
 use super::image::{ImageError, ImageOptions};
 use super::layer::{ConvertedLayer, LayerError, LayerOptions, LayerStatistics, convert_layer};
-use super::lower::{Asked, Below, Lower};
+use super::lower::{Asked, Below, LayerBelow, Lower, Root};
 use crate::chunked::{AssembleError, BlobSummary};
 use crate::erofs::writer::LayerRole;
 use crate::model::{Algorithm, BlobDigest, DiffId, Digest};
@@ -79,6 +79,7 @@ struct Made {
     file: Arc<File>,
     /// What it asked of the layers below: a layer with the same source and the same answers is the same.
     asked: Asked,
+    root: Option<Root>,
 }
 
 /// A layer in the making or made.
@@ -147,12 +148,13 @@ impl Workshop {
         memory: &mut Memory,
     ) -> Result<Stack, ImageError> {
         let mut tasks: JoinSet<Result<(), ImageError>> = JoinSet::new();
-        let mut below: Vec<watch::Receiver<Option<Below>>> = Vec::new();
+        let mut below: Vec<LayerBelow> = Vec::new();
         let mut waiting: Vec<Waiting> = Vec::new();
         for (layer, (treatment, descriptor)) in treatments(layers)?.into_iter().zip(layers).enumerate() {
             let diff_id = *diff_ids.get(layer).ok_or(ImageError::NoDiffId { layer })?;
             let (finished, receiver) = watch::channel(None);
-            let (mine, mine_below) = watch::channel(None);
+            let (image_sender, image_receiver) = watch::channel(None);
+            let (root_sender, root_receiver) = watch::channel(None);
             let work = Work {
                 workshop: Arc::clone(self),
                 image,
@@ -160,9 +162,11 @@ impl Workshop {
                 descriptor: descriptor.clone(),
                 diff_id,
                 below: below.clone(),
+                shows: image_sender,
+                root: root_sender,
             };
             waiting.push(receiver.clone());
-            below.push(mine_below);
+            below.push(LayerBelow { image: image_receiver, root: root_receiver });
             let earlier = match treatment {
                 Treatment::Convert(role) => {
                     let key = (descriptor.digest, role == LayerRole::Bottom);
@@ -177,7 +181,7 @@ impl Workshop {
                     Some(done) = tasks.join_next() => passed(done)?,
                 }
             };
-            tasks.spawn(async move { work.run(treatment, earlier, permit, &finished, &mine).await });
+            tasks.spawn(async move { work.run(treatment, earlier, permit, &finished).await });
         }
         while let Some(done) = tasks.join_next().await {
             passed(done)?;
@@ -203,6 +207,8 @@ impl Workshop {
             descriptor: layer.clone(),
             diff_id: source,
             below: Vec::new(),
+            shows: watch::Sender::new(None),
+            root: watch::Sender::new(None),
         };
         let converting = tokio::task::spawn_blocking(move || work.convert(LayerRole::Bottom, io::empty()));
         let (spool, made) = converting.await.map_err(|_| ImageError::Stopped)??;
@@ -255,7 +261,11 @@ struct Work {
     layer: usize,
     descriptor: Descriptor,
     diff_id: DiffId,
-    below: Vec<watch::Receiver<Option<Below>>>,
+    below: Vec<LayerBelow>,
+    /// Tells those above how to look into this layer.
+    shows: watch::Sender<Option<Below>>,
+    /// Tells those above what the root looks like up to here.
+    root: watch::Sender<Option<Root>>,
 }
 
 impl Work {
@@ -265,7 +275,6 @@ impl Work {
         earlier: Option<Waiting>,
         permit: OwnedSemaphorePermit,
         finished: &watch::Sender<Option<Finished>>,
-        below: &watch::Sender<Option<Below>>,
     ) -> Result<(), ImageError> {
         let (image, layer, blob) = (self.image, self.layer, self.descriptor.digest);
         let observer = Arc::clone(&self.workshop.observer);
@@ -274,7 +283,10 @@ impl Work {
             Treatment::Convert(role) => role,
             Treatment::Keep(in_stack) => {
                 let descriptor = self.descriptor.clone();
-                below.send_replace(Some(if in_stack { Below::Kept { descriptor } } else { Below::Aside }));
+                let (shown, root) =
+                    if in_stack { (Below::Kept { descriptor }, Root::InImage) } else { (Below::Aside, Root::Aside) };
+                self.shows.send_replace(Some(shown));
+                self.root.send_replace(Some(root));
                 let kept = self.keep().await?;
                 finished.send_replace(Some(kept));
                 observer.event(&Event::LayerDone { image, layer, outcome: Outcome::Kept });
@@ -284,7 +296,8 @@ impl Work {
         if let Some(repeated) = self.repeat(earlier).await? {
             if let Some(made) = &repeated.made {
                 let (file, summary) = (Arc::clone(&made.file), made.summary.clone());
-                below.send_replace(Some(Below::Converted { file, summary }));
+                self.shows.send_replace(Some(Below::Converted { file, summary }));
+                self.root.send_replace(made.root.clone());
             }
             let blob = repeated.descriptor.digest;
             finished.send_replace(Some(repeated));
@@ -307,9 +320,7 @@ impl Work {
             Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
             Err(_) => return Err(ImageError::Stopped),
         };
-        let (file, summary) = (Arc::clone(&made.file), made.summary.clone());
-        let (digest, size) = (summary.digest, summary.size);
-        below.send_replace(Some(Below::Converted { file, summary }));
+        let (digest, size) = (made.summary.digest, made.summary.size);
         workshop.sink.put_blob(spool, &digest, size).await?;
         let descriptor = layer_descriptor(workshop.options.form, &made.summary, made.diff_id, None);
         observer.event(&Event::LayerDone {
@@ -343,7 +354,8 @@ impl Work {
     }
 
     fn lower(&self) -> Lower {
-        Lower::new(self.workshop.runtime.clone(), self.workshop.source.clone(), self.below.clone())
+        let (runtime, source) = (self.workshop.runtime.clone(), self.workshop.source.clone());
+        Lower::new(runtime, source, self.below.clone(), self.root.clone())
     }
 
     /// Converts a tar; blocks.
@@ -383,10 +395,10 @@ impl Work {
         let offset = summary.size;
         sink.flush().map_err(|source| self.failed(AssembleError::Write { offset, source }.into()))?;
         drop(sink);
-        let file = spool.as_file().try_clone().map_err(|source| ImageError::Keep { layer, source })?;
-        let asked = lower.into_asked();
-        let source_diff_id = self.diff_id;
-        Ok((spool, Made { source_diff_id, summary, diff_id, statistics, file: Arc::new(file), asked }))
+        let file = Arc::new(spool.as_file().try_clone().map_err(|source| ImageError::Keep { layer, source })?);
+        self.shows.send_replace(Some(Below::Converted { file: Arc::clone(&file), summary: summary.clone() }));
+        let (asked, root) = (lower.into_asked(), self.root.borrow().clone());
+        Ok((spool, Made { source_diff_id: self.diff_id, summary, diff_id, statistics, file, asked, root }))
     }
 
     fn failed(&self, source: LayerError) -> ImageError {

@@ -35,9 +35,11 @@ pub fn file(at: &str, content: &[u8]) -> EntryWithContent {
     (entry, content.to_vec())
 }
 
-/// A symlink.
+/// A symlink, 0777.
 pub fn symlink(at: &str, target: &str) -> EntryWithContent {
-    entry(at, EntryKind::Symlink { target: target.as_bytes().into() })
+    let mut symlink = entry(at, EntryKind::Symlink { target: target.as_bytes().into() });
+    symlink.0.metadata.permissions = 0o777;
+    symlink
 }
 
 /// A hard link.

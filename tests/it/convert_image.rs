@@ -88,8 +88,6 @@ fn comparable(listing: Listing) -> Listing {
     for node in listing.nodes.values_mut() {
         if node.attributes.kind != FileKind::Directory {
             node.attributes.nlink = 0;
-            // A copy of a file of a lower layer is another file.
-            node.same_file_as.clear();
         }
     }
     listing

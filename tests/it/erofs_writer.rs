@@ -338,7 +338,7 @@ fn equal_entries_give_equal_bytes() {
     assert_eq!(image, image_of(Upper, &entries).unwrap());
     assert_eq!(
         Digest::of(Algorithm::Sha256, &image).to_string(),
-        "sha256:321838ea8f5b9a17f6eb2d84a64f9ec13fdbfe6be23c08d1ea10998dd05acda4"
+        "sha256:6974e227b3f1ac00675cc99a1feea1a204fafb9a185c1ec2effb2a59a38eed30"
     );
 }
 

@@ -274,7 +274,7 @@ fn of_conversion(error: &ImageError) -> Option<Problem> {
 fn of_layer(error: &LayerError) -> Option<Problem> {
     match error {
         LayerError::Tar(_) | LayerError::Tree(_) | LayerError::Lower { .. } | LayerError::Write(_) => None,
-        LayerError::NeedsLower(_) | LayerError::Range(_) => Some(Problem::Unsupported),
+        LayerError::NeedsLower(_) | LayerError::TooManyLinks(_) | LayerError::Range(_) => Some(Problem::Unsupported),
         LayerError::Spool { source, .. } => Some(of_io(source)),
         LayerError::Damaged { .. } => Some(Problem::Local),
     }

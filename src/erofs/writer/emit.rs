@@ -122,7 +122,7 @@ impl<'a, W: Write> Emission<'a, W> {
         // What stands behind the inode.
         let mut tail = Vec::new();
         let body = match node.body {
-            Body::Directory { .. } => {
+            Body::Directory(_) => {
                 let shape = self.shape(number);
                 if shape.tail > 0 && self.make_room(inode_size, xattrs.len() as u64, shape.tail)? {
                     tail = self.directory_block(number, shape.tail_entry);

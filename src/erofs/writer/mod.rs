@@ -31,7 +31,7 @@ mod tree;
 mod walk;
 mod xattrs;
 
-pub use below::UnresolvedLink;
+pub use below::{ImpliedDirectory, UnresolvedLink};
 pub use content::{Extents, FileData};
 pub use early::EarlyLayout;
 pub use error::TreeError;

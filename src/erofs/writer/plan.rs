@@ -145,7 +145,7 @@ impl Plan {
             }
             let node = tree.resolve(link.node);
             tree.links[at].node = node;
-            if link.hides && matches!(tree.nodes[node as usize].body, Body::Directory { .. }) {
+            if link.hides && matches!(tree.nodes[node as usize].body, Body::Directory(_)) {
                 opaque.push(node);
             }
         }
@@ -206,7 +206,7 @@ impl Plan {
             let deeper = directories.len();
             for link in self.children_of(directory) {
                 let node = self.tree.links[*link as usize].node;
-                let is_directory = matches!(self.tree.nodes[node as usize].body, Body::Directory { .. });
+                let is_directory = matches!(self.tree.nodes[node as usize].body, Body::Directory(_));
                 if nlink[node as usize] == 0 {
                     order.push(node);
                 }
@@ -263,7 +263,7 @@ impl Plan {
         let size = match node.body {
             Body::Flat { size, .. } | Body::Mapped { size, .. } => size,
             // Directories and symlinks are smaller than 4 GiB but for those with 10 million entries.
-            Body::Directory { .. } => self.children_of(number).len() as u64 * 300,
+            Body::Directory(_) => self.children_of(number).len() as u64 * 300,
             _ => 0,
         };
         let ids = u16::try_from(node.uid).is_ok() && u16::try_from(node.gid).is_ok();
@@ -286,7 +286,7 @@ impl Plan {
             let node = &self.tree.nodes[*number as usize];
             let mut names = u64::from(self.nlink[*number as usize]);
             match node.body {
-                Body::Directory { .. } => {
+                Body::Directory(_) => {
                     s.directories += 1;
                     names = 1;
                     let marked = mark.is_some_and(|mark| self.tree.xattrs.entries_of(node.xattrs).any(|id| id == mark));

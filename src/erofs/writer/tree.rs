@@ -54,12 +54,9 @@ pub(super) struct Node {
 }
 
 /// What a node is.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Body {
-    Directory {
-        /// It has no entry of its own.
-        implied: bool,
-    },
+    Directory(Standing),
     /// A file in one row of blocks.
     Flat {
         size: u64,
@@ -86,10 +83,21 @@ pub(super) enum Body {
     Alias(u32),
 }
 
+/// Why a directory is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Standing {
+    /// It has an entry, or got its looks from below.
+    Listed,
+    /// It has an opaque mark alone.
+    Marked,
+    /// Something lies in it.
+    Implied,
+}
+
 impl Node {
     pub(super) fn kind(&self) -> FileKind {
         match self.body {
-            Body::Directory { .. } => FileKind::Directory,
+            Body::Directory(_) => FileKind::Directory,
             Body::Flat { .. } | Body::Mapped { .. } | Body::Pending { .. } | Body::Alias(_) => FileKind::Regular,
             Body::Symlink { .. } => FileKind::Symlink,
             Body::CharDevice(_) => FileKind::CharDevice,
@@ -99,7 +107,7 @@ impl Node {
     }
 
     pub(super) fn is_directory(&self) -> bool {
-        matches!(self.body, Body::Directory { .. })
+        matches!(self.body, Body::Directory(_))
     }
 }
 
@@ -123,13 +131,15 @@ pub struct Tree {
     pub(super) nodes: Vec<Node>,
     pub(super) links: Vec<Link>,
     /// (directory, name) -> link.
-    index: HashMap<(u32, u32), u32>,
+    pub(super) index: HashMap<(u32, u32), u32>,
     /// Names, targets of symlinks and hard links.
     pub(super) strings: Interner,
     pub(super) xattrs: XattrPool,
     pub(super) maps: Vec<ChunkMap>,
     map_entries: u64,
     pub(super) root_opaque: bool,
+    /// What the root looks like; none while nobody has said.
+    pub(super) root: Option<Metadata>,
     pub(super) dropped: Dropped,
     /// Placeholders of hard links that wait for their target.
     pub(super) unresolved: Vec<u32>,
@@ -150,6 +160,7 @@ impl Tree {
             maps: Vec::new(),
             map_entries: 0,
             root_opaque: false,
+            root: None,
             dropped: Dropped::default(),
             unresolved: Vec::new(),
             entries: 0,
@@ -181,7 +192,10 @@ impl Tree {
             EntryKind::Whiteout => self.hide(link),
             EntryKind::CharDevice(number) if number.encode() == 0 && number.is_representable() => self.hide(link),
             EntryKind::Opaque => {
-                self.make_directory(link)?;
+                let node = self.make_directory(link)?;
+                if let Body::Directory(standing @ Standing::Implied) = &mut self.nodes[node as usize].body {
+                    *standing = Standing::Marked;
+                }
                 self.hide(link);
             }
             EntryKind::Directory => {
@@ -230,7 +244,7 @@ impl Tree {
                 Step::Up => walk.leave(),
                 Step::Into(name) => match self.child(walk.current(), &name) {
                     Some(node) => match self.nodes[node as usize].body {
-                        Body::Directory { .. } => walk.enter(node),
+                        Body::Directory(_) => walk.enter(node),
                         Body::Symlink { target } => walk.follow(self.strings.get(target))?,
                         _ => return Ok(None),
                     },
@@ -260,7 +274,7 @@ impl Tree {
         Ok(walk.current())
     }
 
-    fn child(&self, directory: u32, name: &[u8]) -> Option<u32> {
+    pub(super) fn child(&self, directory: u32, name: &[u8]) -> Option<u32> {
         let name = self.strings.find(name)?;
         let link = self.index.get(&(directory, name))?;
         Some(self.links[*link as usize].node).filter(|node| *node != NONE)
@@ -316,7 +330,10 @@ impl Tree {
                 None => self.root_opaque |= self.role == LayerRole::Upper,
             }
         }
-        self.nodes[node as usize] = self.node(path, metadata, Body::Directory { implied: false })?;
+        if link.is_none() {
+            self.root = Some(metadata.clone());
+        }
+        self.nodes[node as usize] = self.node(path, metadata, Body::Directory(Standing::Listed))?;
         Ok(())
     }
 
@@ -395,7 +412,7 @@ impl Tree {
 
     fn keeps(&mut self, xattr: &Xattr, body: &Body) -> bool {
         if xattr.name.starts_with(b"trusted.overlay.") {
-            let counts_as_mark = is_opaque_mark(xattr) && matches!(body, Body::Directory { .. });
+            let counts_as_mark = is_opaque_mark(xattr) && matches!(body, Body::Directory(_));
             self.dropped.overlay_xattrs += u64::from(!counts_as_mark);
             return false;
         }
@@ -438,6 +455,6 @@ fn implied_directory() -> Node {
         gid: 0,
         xattrs: XattrSet::EMPTY,
         permissions: 0o755,
-        body: Body::Directory { implied: true },
+        body: Body::Directory(Standing::Implied),
     }
 }

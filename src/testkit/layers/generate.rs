@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use proptest::sample::{Index, select};
 
 use super::merged::Merged;
-use super::{Layer, LayerFile, Marks, Piece, Stack};
+use super::{Layer, LayerFile, Marks, Piece, Stack, Tar};
 use crate::model::{DeviceNumber, EntryKind, LayerEntry, Metadata, Name, RelPath, Timestamp, Xattr};
 
 /// What to draw.
@@ -17,9 +17,7 @@ pub struct Options {
     pub layers: usize,
     /// At most so many operations in each.
     pub operations: usize,
-    /// Draw what engines differ about too, or what only order can tell: parents without entry that are new, hard links
-    /// to lower files with several names, lower files that are replaced after a link to them,
-    /// removals inside of what is removed, empty attributes.
+    /// Draw what engines differ about too: parents without entry that are new, empty attributes.
     pub bare: bool,
 }
 
@@ -167,10 +165,10 @@ pub fn stacks(options: Options) -> impl Strategy<Value = Stack> {
 }
 
 /// Single layers as tars, for tests of readers alone.
-pub fn layer_tars() -> impl Strategy<Value = (Layer, Vec<u8>)> {
+pub fn layer_tars() -> impl Strategy<Value = (Layer, Tar)> {
     stacks(Options { layers: 1, operations: 30, bare: true }).prop_map(|mut stack| {
         let layer = stack.layers.swap_remove(0);
-        let tar = layer.tar();
+        let tar = Tar(layer.tar());
         (layer, tar)
     })
 }
@@ -185,7 +183,6 @@ fn build(layers: &[(Vec<Operation>, bool, Marks)], options: Options) -> Stack {
             below: merged.clone(),
             merged: &mut merged,
             files: Vec::new(),
-            linked: Vec::new(),
             in_order: false,
         };
         // The root has an entry in most images; without one, its metadata is for everybody to invent.
@@ -210,8 +207,6 @@ struct Building<'a> {
     /// As the lower layers left it.
     below: Merged,
     files: Vec<LayerFile>,
-    /// Lower files that this layer has links to.
-    linked: Vec<Vec<u8>>,
     in_order: bool,
 }
 
@@ -236,17 +231,6 @@ impl Building<'_> {
         self.files.push(file);
     }
 
-    /// Whether an entry at `path` would replace a lower file that this layer has linked to.
-    fn replaces_linked(&self, path: &RelPath, shape: Shape) -> bool {
-        let path = path.to_bytes();
-        let is_directory = matches!(shape, Shape::Directory | Shape::Crowd | Shape::Opaque);
-        self.linked.iter().any(|linked| {
-            // The parents of `path` become directories in any case.
-            let is_above = |above: &[u8], below: &[u8]| below.starts_with(&[above, b"/"].concat());
-            *linked == path || is_above(linked, &path) || (!is_directory && is_above(&path, linked))
-        })
-    }
-
     fn take(&mut self, operation: &Operation) {
         let names = names();
         let path = operation.place.iter().fold(RelPath::root(), |path, name| {
@@ -254,9 +238,6 @@ impl Building<'_> {
         });
         let metadata = &operation.metadata;
         let device = DeviceNumber { major: u32::from(metadata.permissions) % 4096, minor: metadata.uid % 0xf_ffff + 1 };
-        if !self.options.bare && self.replaces_linked(&path, operation.shape) {
-            return;
-        }
         match operation.shape {
             Shape::Whiteout => return self.remove(operation, path),
             Shape::Opaque => return self.make_opaque(operation, path),
@@ -274,7 +255,8 @@ impl Building<'_> {
                 let long = usize::from(metadata.user == Some(0)) * 4000;
                 let target = [&b"../a/./"[..], &vec![b't'; long], &path.to_bytes()].concat();
                 let target = target[..target.len().min(4095)].into();
-                self.push(path, EntryKind::Symlink { target }, metadata.special(), Vec::new());
+                let metadata = Metadata { permissions: 0o777, ..metadata.special() };
+                self.push(path, EntryKind::Symlink { target }, metadata, Vec::new());
             }
             Shape::CharDevice => self.push(path, EntryKind::CharDevice(device), metadata.special(), Vec::new()),
             Shape::BlockDevice => self.push(path, EntryKind::BlockDevice(device), metadata.special(), Vec::new()),
@@ -285,11 +267,15 @@ impl Building<'_> {
                     let name = format!("crowd-{:x<width$}{number}", "", width = usize::from(number % 90));
                     let path = path.join(Name::new(name.into_bytes()).expect("it is short"));
                     let target = Box::from(&b"x"[..]);
+                    let mut metadata = metadata.special();
                     let kind = match number % 3 {
                         0 => EntryKind::Symlink { target },
                         _ => EntryKind::Regular { size: 0 },
                     };
-                    self.push(path, kind, metadata.special(), Vec::new());
+                    if number % 3 == 0 {
+                        metadata.permissions = 0o777;
+                    }
+                    self.push(path, kind, metadata, Vec::new());
                 }
             }
             Shape::Whiteout | Shape::Opaque | Shape::HardLink => {}
@@ -329,13 +315,6 @@ impl Building<'_> {
         };
         let bytes = path.to_bytes();
         let parent_is_directory = path.parent().is_some_and(|parent| self.merged.is_directory(&parent.to_bytes()));
-        let removed_in_it = |file: &LayerFile| {
-            let inside = file.entry.path.to_bytes();
-            file.entry.kind == EntryKind::Whiteout && inside.starts_with(&[&bytes[..], b"/"].concat())
-        };
-        if !self.options.bare && self.files.iter().any(removed_in_it) {
-            return;
-        }
         if !self.merged.is_touched(&bytes, self.number) && parent_is_directory {
             self.push(path, EntryKind::Whiteout, Metadata::default(), Vec::new());
         }
@@ -363,17 +342,10 @@ impl Building<'_> {
             .merged
             .paths()
             .filter(|target| !self.merged.is_directory(target) && !is_above(target))
-            .filter(|target| {
-                let is_own = self.merged.is_touched(target, self.number);
-                is_own || self.options.bare || self.merged.names_of(target) == 1
-            })
             .cloned()
             .collect();
         let Some(target) = targets.get(operation.pick.index(targets.len().max(1))) else { return };
-        if !self.merged.is_touched(target, self.number) {
-            self.in_order = true;
-            self.linked.push(target.clone());
-        }
+        self.in_order |= !self.merged.is_touched(target, self.number);
         let target = RelPath::parse(target).expect("it was a path before");
         self.push(path, EntryKind::HardLink { target }, Metadata::default(), Vec::new());
     }

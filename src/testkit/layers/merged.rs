@@ -53,12 +53,6 @@ impl Merged {
         self.names.keys()
     }
 
-    /// How many names the file at `path` has.
-    pub(super) fn names_of(&self, path: &[u8]) -> usize {
-        let Some(place) = self.names.get(path) else { return 0 };
-        self.names.values().filter(|other| other.file == place.file).count()
-    }
-
     /// Applies an entry of `layer`. Parents that are missing are made.
     pub(super) fn apply(&mut self, layer: usize, file: &LayerFile) {
         let path = file.entry.path.to_bytes();
@@ -145,7 +139,6 @@ impl Merged {
             let names = self.names.values().filter(|other| other.file == place.file).count();
             let nlink = if kind == FileKind::Directory { 0 } else { u32::try_from(names).unwrap_or(u32::MAX) };
             let Metadata { permissions, uid, gid, mtime, ref xattrs } = file.metadata;
-            let permissions = if kind == FileKind::Symlink { 0o777 } else { permissions };
             let attributes = Attributes { kind, permissions, uid, gid, mtime, nlink, size, rdev };
             let same_file_as = (*first.entry(place.file).or_insert(path)).clone();
             let node = Node { attributes, listed_as: Some(kind), same_file_as, xattrs: xattrs.clone(), content };

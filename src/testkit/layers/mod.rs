@@ -167,6 +167,30 @@ impl Stack {
     }
 }
 
+/// A tar whose bytes nobody wants to see when a test fails.
+#[derive(Clone)]
+pub struct Tar(pub Vec<u8>);
+
+impl std::fmt::Debug for Tar {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "a tar of {} bytes", self.0.len())
+    }
+}
+
+impl std::ops::Deref for Tar {
+    type Target = Vec<u8>;
+
+    fn deref(&self) -> &Vec<u8> {
+        &self.0
+    }
+}
+
+impl std::ops::DerefMut for Tar {
+    fn deref_mut(&mut self) -> &mut Vec<u8> {
+        &mut self.0
+    }
+}
+
 /// `tar` as a layer blob.
 ///
 /// # Panics

@@ -416,6 +416,31 @@ fn documents_are_kept_by_what_they_are() {
     assert_eq!(store.reference("registry.example/some/image").unwrap(), None);
 }
 
+#[test]
+fn what_dead_processes_left_is_removed_and_what_living_ones_make_is_not() {
+    let root = TempDir::new().unwrap();
+    let store = store_at(&root, 1);
+    let writer = store.write_whole(&spec().blob).unwrap();
+    let tmp = root.path().join("tmp");
+    for name in ["dead", "dead and locked once", "young"] {
+        fs::create_dir(tmp.join(name)).unwrap();
+        fs::write(tmp.join(name).join("image"), b"half").unwrap();
+    }
+    fs::write(tmp.join("dead and locked once/lock"), b"").unwrap();
+    let long_ago = SystemTime::now() - 2 * LEFT_OVER_AGE;
+    for entry in fs::read_dir(&tmp).unwrap() {
+        let path = entry.unwrap().path();
+        if !path.ends_with("young") {
+            fs::File::open(&path).unwrap().set_modified(long_ago).unwrap();
+        }
+    }
+    drop(store_at(&root, 1));
+    let left: Vec<PathBuf> = fs::read_dir(&tmp).unwrap().map(|entry| entry.unwrap().path()).collect();
+    assert_eq!(left.len(), 2, "{left:?}");
+    assert!(left.contains(&tmp.join("young")));
+    store.keep_whole(&writer, DiffId(digest(b""))).unwrap();
+}
+
 /// Bytes by offset.
 type Writes = BTreeMap<u64, Vec<u8>>;
 
@@ -487,6 +512,13 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    #[test]
+    fn records_of_any_bytes_are_read_without_harm(bytes in prop::collection::vec(any::<u8>(), 0..200), chunks in 0..500_u32) {
+        drop(bits::Bits::from_present(&bytes, chunks));
+        drop(bits::check_live(&bytes, bytes.len() as u64, chunks, BootId::invented(1)));
+        drop(meta::Meta::parse(Path::new("meta.json"), &bytes));
+    }
 
     #[test]
     fn a_mark_never_lies_whatever_happens(steps in steps()) {

@@ -2,7 +2,7 @@
 //! the tar, and that memory does not grow with the layer. Needs root.
 
 use std::collections::BTreeMap;
-use std::io::{self, Read};
+use std::io::{self, Read, Write as _};
 use std::path::Path;
 use std::process::Command;
 
@@ -277,7 +277,8 @@ fn peak_memory(test: &str, source: impl Read, check: impl FnOnce(ConvertedLayer)
         check(layer);
         let status = std::fs::read_to_string("/proc/self/status").unwrap();
         let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
-        println!("\n{SAYS}{}", peak.trim().trim_end_matches(" kB"));
+        let said = format!("\n{SAYS}{}\n", peak.trim().trim_end_matches(" kB"));
+        io::stdout().write_all(said.as_bytes()).unwrap();
         return None;
     }
     let said = run(Command::new(std::env::current_exe().unwrap())

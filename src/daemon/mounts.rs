@@ -13,10 +13,14 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::{Deserialize, Serialize};
 
 use crate::model::{Algorithm, BlobDigest, Digest};
@@ -164,20 +168,7 @@ impl Mounts {
             if path.extension().is_none_or(|extension| extension != "json") {
                 continue;
             }
-            let place = Place { base: path.with_extension("") };
-            // It may be removed while we look.
-            let Ok(bytes) = fs::read(&path) else { continue };
-            let Ok(record) = serde_json::from_slice::<MountRecord>(&bytes) else {
-                tracing::warn!(path = %path.display(), "the record of a mount is damaged and left out");
-                continue;
-            };
-            let alive = match FileLock::try_acquire(&place.lock(), LockMode::Shared) {
-                Ok(None) => true,
-                Ok(Some(_)) => false,
-                Err(error) if error.kind() == io::ErrorKind::NotFound => false,
-                Err(error) => return Err(io_error("lock", &place.lock())(error)),
-            };
-            entries.push(Entry { record, alive, place });
+            entries.extend(Entry::read(Place { base: path.with_extension("") })?);
         }
         entries.sort_by(|a, b| a.record.mount_point.cmp(&b.record.mount_point));
         Ok(entries)
@@ -205,6 +196,32 @@ impl Mounts {
 }
 
 impl Entry {
+    /// The mount with these files; none if there is no record, or only a damaged one.
+    fn read(place: Place) -> Result<Option<Self>, MountsError> {
+        let path = place.record();
+        // It may be removed while we look.
+        let Ok(bytes) = fs::read(&path) else { return Ok(None) };
+        let Ok(record) = serde_json::from_slice::<MountRecord>(&bytes) else {
+            tracing::warn!(path = %path.display(), "the record of a mount is damaged and left out");
+            return Ok(None);
+        };
+        let alive = match FileLock::try_acquire(&place.lock(), LockMode::Shared) {
+            Ok(None) => true,
+            Ok(Some(_)) => false,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => false,
+            Err(error) => return Err(io_error("lock", &place.lock())(error)),
+        };
+        Ok(Some(Self { record, alive, place }))
+    }
+
+    /// How it stands by now; none if it has been cleared away.
+    ///
+    /// # Errors
+    /// A lock that cannot be looked at.
+    pub fn look_again(&self) -> Result<Option<Self>, MountsError> {
+        Self::read(self.place.clone())
+    }
+
     /// The control socket of its process.
     pub fn socket(&self) -> PathBuf {
         self.place.file(".sock")
@@ -215,21 +232,23 @@ impl Entry {
         self.place.file(".log")
     }
 
-    /// Waits until its process has ended, at most for `patience`; false if it lives on.
+    /// A handle of its process, which no later process of the same number can be mistaken for. None if it has ended.
     ///
     /// # Errors
-    /// A lock that cannot be looked at.
-    pub fn wait_for_end(&self, patience: Duration) -> Result<bool, MountsError> {
-        let deadline = Instant::now() + patience;
-        loop {
-            match FileLock::try_acquire(&self.place.lock(), LockMode::Shared) {
-                Ok(Some(_)) => return Ok(true),
-                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(true),
-                Err(error) => return Err(io_error("lock", &self.place.lock())(error)),
-                Ok(None) if Instant::now() >= deadline => return Ok(false),
-                // A lock cannot be waited for with a deadline.
-                Ok(None) => std::thread::sleep(Duration::from_millis(5)),
-            }
+    /// The kernel gives none.
+    pub fn process(&self) -> io::Result<Option<Process>> {
+        let pid = i32::try_from(self.record.pid).ok().and_then(Pid::from_raw);
+        let handle = match pid.map(|pid| pidfd_open(pid, PidfdFlags::empty())) {
+            Some(Ok(handle)) => handle,
+            None | Some(Err(Errno::SRCH)) => return Ok(None),
+            Some(Err(error)) => return Err(error.into()),
+        };
+        // The number may have passed to another process before we had the handle. Not if the lock is still held.
+        match FileLock::try_acquire(&self.place.lock(), LockMode::Shared) {
+            Ok(None) => Ok(Some(Process(handle))),
+            Ok(Some(_)) => Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
         }
     }
 
@@ -242,6 +261,23 @@ impl Entry {
             Some(_held) => self.place.clear().map(|()| true),
             None => Ok(false),
         }
+    }
+}
+
+/// A process that serves a mount.
+#[derive(Debug)]
+pub struct Process(OwnedFd);
+
+impl Process {
+    /// Waits until it has ended, at most for `patience`; false if it lives on.
+    ///
+    /// # Errors
+    /// The kernel cannot wait for it.
+    pub fn wait_for_end(&self, patience: Duration) -> io::Result<bool> {
+        let mut handles = [PollFd::new(&self.0, PollFlags::IN)];
+        let patience = Timespec::try_from(patience).map_err(io::Error::other)?;
+        let ended = rustix::io::retry_on_intr(|| poll(&mut handles, Some(&patience)))?;
+        Ok(ended > 0)
     }
 }
 

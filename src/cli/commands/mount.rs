@@ -12,6 +12,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use indicatif::HumanBytes;
 use serde::{Deserialize, Serialize};
+use tokio::runtime::Runtime;
 
 use super::Context;
 use crate::cli::args;
@@ -143,12 +144,16 @@ pub(crate) fn umount(context: &Context, arguments: &args::Umount) -> anyhow::Res
     let how = Unmount { lazy: arguments.lazy };
     match entry {
         Some(entry) if entry.alive => {
+            let process = entry.process().context("cannot watch the serving process")?;
             match context.runtime()?.block_on(control::unmount(&entry.socket(), how)) {
-                // With files open a mount that was taken away lazily is served until they are closed.
-                Ok(Unmounted::Done) if !arguments.lazy && !entry.wait_for_end(LAST_WORK)? => {
+                Ok(Unmounted::Done) => {
+                    // With files open a mount that was taken away lazily is served until they are closed.
+                    let process = process.filter(|_| !arguments.lazy);
+                    if process.map_or(Ok(true), |process| process.wait_for_end(LAST_WORK))? {
+                        return Ok(ExitCode::SUCCESS);
+                    }
                     anyhow::bail!("the process that served {} does not end", mount_point.display());
                 }
-                Ok(Unmounted::Done) => return Ok(ExitCode::SUCCESS),
                 Ok(Unmounted::Busy) => return Err(MountError::InUse(mount_point).into()),
                 Ok(Unmounted::Refused(why)) => anyhow::bail!("cannot unmount {}: {why}", mount_point.display()),
                 // It ended at this moment, or it hangs: the kernel can still take the mount away.
@@ -198,15 +203,8 @@ pub(crate) fn status(context: &Context) -> anyhow::Result<ExitCode> {
     let runtime = context.runtime()?;
     let mut mounts = Vec::with_capacity(entries.len());
     for entry in entries {
-        if !entry.alive {
-            mounts.push(dead(&entry));
-            continue;
-        }
-        match runtime.block_on(control::status(&entry.socket())) {
-            Ok(status) => mounts.push(Seen { state: State::Serving, log: entry.log(), status }),
-            // A process that lives and does not listen any more has unmounted and is about to end.
-            Err(ControlError::Gone { .. }) => {}
-            Err(error) => return Err(error.into()),
+        if let Some(seen) = see(&runtime, &entry)? {
+            mounts.push(seen);
         }
     }
     if context.json {
@@ -239,6 +237,26 @@ enum State {
     Serving,
     /// Its process is gone without having unmounted.
     Dead,
+}
+
+/// What there is to tell of a mount; nothing if it is about to end.
+fn see(runtime: &Runtime, entry: &Entry) -> anyhow::Result<Option<Seen>> {
+    if !entry.alive {
+        return Ok(Some(dead(entry)));
+    }
+    match runtime.block_on(control::status(&entry.socket())) {
+        Ok(status) => Ok(Some(Seen { state: State::Serving, log: entry.log(), status })),
+        // A process that lives and does not listen any more has unmounted.
+        Err(ControlError::Gone { .. }) => {
+            Ok(entry.look_again()?.filter(|entry| !entry.alive).map(|entry| dead(&entry)))
+        }
+        // It may have died over the question.
+        Err(error) => match entry.look_again()? {
+            Some(entry) if entry.alive => Err(error.into()),
+            Some(entry) => Ok(Some(dead(&entry))),
+            None => Ok(None),
+        },
+    }
 }
 
 fn dead(entry: &Entry) -> Seen {

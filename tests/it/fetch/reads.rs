@@ -1,5 +1,6 @@
 //! Reads: what they fetch, in which order, and what becomes of them when the source fails.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -216,8 +217,10 @@ fn connections_are_bounded_and_some_are_kept_for_those_who_wait() {
         answer.recv_timeout(PATIENCE).unwrap().unwrap();
     }
     let order: Vec<u64> = stage.source.asked().iter().map(|asked| asked.range.start()).collect();
-    let reads: Vec<u64> = (0..5).map(|i| layer.chunks[i * 4 + 2].start()).collect();
-    assert_eq!(order[2..7], reads, "the background was served before those who wait");
+    let reads: BTreeSet<u64> = (0..5).map(|i| layer.chunks[i * 4 + 2].start()).collect();
+    // Connections that become free at the same time may ask in either order.
+    let first: BTreeSet<u64> = order[2..7].iter().copied().collect();
+    assert_eq!(first, reads, "the background was served before those who wait");
     assert_eq!(stage.source.most_open(), 3);
     assert_eq!(stage.source.overlaps(), []);
 }
@@ -281,7 +284,15 @@ fn a_fill_brings_what_is_missing_and_survives_a_bad_chunk() {
     assert!(matches!(*error, FetchError::Corrupt { chunk: 200, .. }), "{error:?}");
     until("the others are there", || image.status().present == 399);
     assert_eq!(image.state(), LayerState::Lazy);
-    assert_eq!(stage.source.overlaps(), []);
+    // The bad chunk alone is asked for again, maybe while the rest of its range still arrives.
+    let again = blob_range(&layer, 200, 200);
+    let twice: Vec<_> = stage
+        .source
+        .overlaps()
+        .into_iter()
+        .filter(|(_, later)| (later.range.start(), later.range.end()) != again)
+        .collect();
+    assert_eq!(twice, []);
     stage.source.script(|_| Answer::default());
     fill().unwrap();
     until("the layer is local", || image.state() == LayerState::Local);

@@ -9,7 +9,7 @@ use std::io::Read;
 use super::layer::LayerError;
 use super::packer::{BlockStore as _, Packer};
 use crate::erofs::writer::{FileData, ImpliedDirectory, LayerRole, Tree, TreeError, UnresolvedLink};
-use crate::model::{EntryKind, LayerEntry, Metadata, RelPath};
+use crate::model::{EntryKind, LayerEntry, Metadata, Name, RelPath};
 
 /// Directories of a layer that may lie behind symbolic links of lower layers. Real ones have a handful (`/lib`, `/bin`,
 /// `/var/run`); each costs a walk through the layer's tree.
@@ -33,6 +33,12 @@ pub trait LowerLayers {
     /// # Errors
     /// It cannot be read.
     fn directory(&mut self, path: &RelPath) -> Result<LowerDirectory, LowerError>;
+
+    /// All names in the root directory.
+    ///
+    /// # Errors
+    /// They cannot be read.
+    fn names_in_root(&mut self) -> Result<Vec<Name>, LowerError>;
 
     /// Takes what this layer's root looks like, which is what the root of the layers up to this one looks like, as
     /// soon as it is known.
@@ -69,6 +75,10 @@ pub(super) fn settle(
     mut lower: Option<&mut dyn LowerLayers>,
     buffer: &mut [u8],
 ) -> Result<(), LayerError> {
+    if let Some(lower) = lower.as_deref_mut().filter(|_| tree.is_root_opaque()) {
+        let failed = |source| LayerError::Lower { path: RelPath::root(), source };
+        tree.hide_in_root(&lower.names_in_root().map_err(failed)?)?;
+    }
     tree.drop_pointless_directories();
     if let Some(lower) = lower.as_deref_mut() {
         // The names of what is brought may need directories, so those come second.
@@ -131,8 +141,9 @@ fn bring_links(
     for UnresolvedLink { target, .. } in tree.pending_links() {
         let failed = |source: LowerError| LayerError::Lower { path: target.clone(), source };
         let Some(LowerFile { entry, names, mut content }) = lower.file(&target).map_err(failed)? else { continue };
+        let is_here = names.first().is_some_and(|name| tree.has_brought(name));
         let data = match entry.kind {
-            EntryKind::Regular { size } => {
+            EntryKind::Regular { size } if !is_here => {
                 let mut extents = packer.begin(size, tree)?;
                 let mut left = size;
                 while left > 0 {

@@ -138,8 +138,8 @@ pub(super) struct Lower {
 pub(super) enum Asked {
     /// For directories only: each with the answer.
     Directories(Vec<(RelPath, LowerDirectory)>),
-    /// For contents too.
-    Files,
+    /// For more than that.
+    More,
 }
 
 /// Which symbolic links are followed.
@@ -176,7 +176,7 @@ impl Lower {
     /// True if these layers answer the same as others did. Not being able to answer is another answer.
     pub(super) fn would_answer(&mut self, asked: &Asked) -> bool {
         match asked {
-            Asked::Files => false,
+            Asked::More => false,
             Asked::Directories(asked) => {
                 asked.iter().all(|(path, answer)| self.directory_at(path).is_ok_and(|found| found == *answer))
             }
@@ -260,6 +260,13 @@ impl Lower {
         Ok(Some(LowerFile { entry, names, content: Box::new(Content { image, inode, position: 0 }) }))
     }
 
+    fn root_names(&mut self) -> Result<Vec<Name>, BelowError> {
+        let Some(merged) = self.merged()? else { return Ok(Vec::new()) };
+        let listing = merged.list(&merged.root()?.parts())?;
+        let names = (0..listing.len()).filter_map(|number| listing.get(number)).map(|entry| Name::new(entry.name));
+        names.collect::<Result<_, _>>().map_err(BelowError::Name)
+    }
+
     fn directory_at(&mut self, path: &RelPath) -> Result<LowerDirectory, BelowError> {
         if path.is_root() {
             return Ok(self.root()?.map_or(LowerDirectory::Nothing, LowerDirectory::Directory));
@@ -283,7 +290,7 @@ impl Lower {
 
 impl LowerLayers for Lower {
     fn file(&mut self, path: &RelPath) -> Result<Option<LowerFile<'_>>, LowerError> {
-        self.asked = Asked::Files;
+        self.asked = Asked::More;
         Ok(self.file_at(path)?)
     }
 
@@ -293,6 +300,11 @@ impl LowerLayers for Lower {
             asked.push((path.clone(), found.clone()));
         }
         Ok(found)
+    }
+
+    fn names_in_root(&mut self) -> Result<Vec<Name>, LowerError> {
+        self.asked = Asked::More;
+        Ok(self.root_names()?)
     }
 
     fn root_is(&mut self, root: &Metadata) {

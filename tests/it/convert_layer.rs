@@ -13,7 +13,7 @@ use headstart::convert::layer::{
 };
 use headstart::erofs::Image;
 use headstart::erofs::writer::LayerRole;
-use headstart::model::{Algorithm, BlobDigest, DiffId, Digest, EntryKind, LayerEntry, Metadata, RelPath};
+use headstart::model::{Algorithm, BlobDigest, DiffId, Digest, EntryKind, LayerEntry, Metadata, Name, RelPath};
 use headstart::testkit::images::{
     EntryWithContent, directory, file, hard_link, listing_of, opaque, path, symlink, whiteout,
 };
@@ -363,6 +363,10 @@ impl LowerLayers for Lower {
         let found = self.directories.get(path).cloned();
         Ok(found.map_or(LowerDirectory::Nothing, LowerDirectory::Directory))
     }
+
+    fn names_in_root(&mut self) -> Result<Vec<Name>, LowerError> {
+        Ok(Vec::new())
+    }
 }
 
 #[test]
@@ -489,5 +493,9 @@ impl LowerLayers for AnyLower {
 
     fn directory(&mut self, _: &RelPath) -> Result<LowerDirectory, LowerError> {
         Ok(LowerDirectory::Nothing)
+    }
+
+    fn names_in_root(&mut self) -> Result<Vec<Name>, LowerError> {
+        Ok(Vec::new())
     }
 }

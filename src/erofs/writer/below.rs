@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use super::content::FileData;
 use super::error::TreeError;
 use super::tree::{Body, LayerRole, Link, NONE, ROOT, Standing, Tree};
-use crate::model::{LayerEntry, Metadata, RelPath};
+use crate::model::{LayerEntry, Metadata, Name, RelPath};
 
 /// A hard link target that the layer does not have.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -76,17 +76,37 @@ impl Tree {
         }
     }
 
-    /// Takes away all implied directories with nothing but removals in them that this layer removes itself, and in a
-    /// bottom layer all of them.
+    /// Takes away all implied directories with nothing but removals in them where this layer removes everything anyway,
+    /// and in a bottom layer all of them.
     pub fn drop_pointless_directories(&mut self) {
         let ways = self.ways();
         let real = self.with_content(&ways);
-        for link in &mut self.links {
-            let pointless = link.node != NONE && !real[link.node as usize];
-            if pointless && (link.hides || self.role == LayerRole::Bottom) {
-                link.node = NONE;
+        for number in 0..self.links.len() {
+            let Link { node, hides, parent, .. } = self.links[number];
+            let pointless = node != NONE && !real[node as usize];
+            if pointless && (hides || self.role == LayerRole::Bottom || self.is_hidden(parent, &ways)) {
+                self.links[number].node = NONE;
             }
         }
+    }
+
+    /// True if the layer has an opaque mark on its root.
+    pub fn is_root_opaque(&self) -> bool {
+        self.root_opaque
+    }
+
+    /// Hides `names` of the layers below one by one instead of marking the root: overlayfs does not look for a mark
+    /// there.
+    ///
+    /// # Errors
+    /// [`TreeError::TooLarge`].
+    pub fn hide_in_root(&mut self, names: &[Name]) -> Result<(), TreeError> {
+        for name in names {
+            let link = self.link(ROOT, name.as_bytes())?;
+            self.links[link as usize].hides = true;
+        }
+        self.root_opaque = false;
+        Ok(())
     }
 
     /// Puts what lies in the implied directory `path` into the directory `to`: in the layers below, `path` is a
@@ -219,7 +239,8 @@ impl Tree {
 
     /// Brings the file that pending links to `target` name: a copy of what the layers below have there. `names` are
     /// the paths under which it shows there; those that this layer neither has nor hides become names of the copy, so
-    /// that all of them still name one file. The `entry`'s path means nothing.
+    /// that all of them still name one file. What was brought before under one of them is not brought again. The
+    /// `entry`'s path means nothing.
     ///
     /// # Errors
     /// See [`TreeError`].
@@ -231,7 +252,7 @@ impl Tree {
         names: &[RelPath],
     ) -> Result<(), TreeError> {
         let Some(string) = self.strings.find(&target.to_bytes()) else { return Ok(()) };
-        let mut brought = None;
+        let mut brought = names.first().and_then(|name| self.brought.get(name)).copied();
         for placeholder in std::mem::take(&mut self.unresolved) {
             let wanted = match self.nodes[placeholder as usize].body {
                 Body::Pending { target: wanted } => wanted == string,
@@ -250,12 +271,17 @@ impl Tree {
             };
             self.nodes[placeholder as usize].body = Body::Alias(node);
         }
-        if let Some(node) = brought {
-            for name in names {
-                self.claim(name, node)?;
-            }
+        let Some(node) = brought else { return Ok(()) };
+        for name in names {
+            self.claim(name, node)?;
+            self.brought.insert(name.clone(), node);
         }
         Ok(())
+    }
+
+    /// True if the lower file that shows at `name` was brought before.
+    pub fn has_brought(&self, name: &RelPath) -> bool {
+        self.brought.contains_key(name)
     }
 
     /// Makes `path` a name of `node`, unless this layer has or hides something there.
@@ -273,9 +299,6 @@ impl Tree {
                 return Ok(());
             }
             at = (node != NONE).then_some(node);
-        }
-        if self.root_opaque {
-            return Ok(());
         }
         let parent = self.directory(path, above)?;
         let link = self.link(parent, name.as_bytes())?;
@@ -329,7 +352,7 @@ impl Tree {
             }
             node = link.parent;
         }
-        self.root_opaque
+        false
     }
 
     /// For each directory the link that leads there; [`NONE`] for other nodes and directories that were replaced.

@@ -143,6 +143,8 @@ pub struct Tree {
     pub(super) dropped: Dropped,
     /// Placeholders of hard links that wait for their target.
     pub(super) unresolved: Vec<u32>,
+    /// Copies of lower files, by the names they have there.
+    pub(super) brought: HashMap<RelPath, u32>,
     entries: u64,
     implied: u64,
 }
@@ -163,6 +165,7 @@ impl Tree {
             root: None,
             dropped: Dropped::default(),
             unresolved: Vec::new(),
+            brought: HashMap::new(),
             entries: 0,
             implied: 0,
         };

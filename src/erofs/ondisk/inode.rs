@@ -66,7 +66,7 @@ pub enum DataLayout {
 pub struct CompactInode {
     /// Format.
     pub format: InodeFormat,
-    /// Size of the attributes, see [`xattr_area_size`].
+    /// Size of the attributes, see [`xattr_area_size`](super::xattr_area_size).
     pub xattr_count: u16,
     /// `st_mode`.
     pub mode: u16,
@@ -130,7 +130,7 @@ impl CompactInode {
 pub struct ExtendedInode {
     /// Format.
     pub format: InodeFormat,
-    /// Size of the attributes, see [`xattr_area_size`].
+    /// Size of the attributes, see [`xattr_area_size`](super::xattr_area_size).
     pub xattr_count: u16,
     /// `st_mode`.
     pub mode: u16,

@@ -5,11 +5,11 @@ use super::{DEVICE_SLOT_SIZE, Fields, Record, SUPER_SIZE};
 /// `struct erofs_super_block` without extension slots.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct RawSuperblock {
-    /// [`SUPER_MAGIC`].
+    /// [`SUPER_MAGIC`](super::SUPER_MAGIC).
     pub magic: u32,
     /// See [`superblock_checksum`].
     pub checksum: u32,
-    /// Bits of [`compat`].
+    /// Bits of [`compat`](super::compat).
     pub feature_compat: u32,
     /// log2 of the block size.
     pub block_bits: u8,
@@ -33,7 +33,7 @@ pub struct RawSuperblock {
     pub uuid: [u8; 16],
     /// Name, padded with NUL.
     pub volume_name: [u8; 16],
-    /// Bits of [`incompat`].
+    /// Bits of [`incompat`](super::incompat).
     pub feature_incompat: u32,
     /// Compression algorithms, or LZ4's window.
     pub compression: u16,
@@ -57,7 +57,7 @@ pub struct RawSuperblock {
     pub reserved: u16,
     /// Seconds to add to `epoch` for the time of making.
     pub build_time: u32,
-    /// With [`incompat::BITS_48`] and not zero: nid of the root directory.
+    /// With [`incompat::BITS_48`](super::incompat::BITS_48) and not zero: nid of the root directory.
     pub root_nid_8b: u64,
     /// Zero.
     pub reserved2: u64,
@@ -134,7 +134,7 @@ impl RawSuperblock {
     }
 }
 
-/// How many bytes from [`SUPER_OFFSET`] on the superblock's checksum covers: the rest of the block that holds the
+/// How many bytes from [`SUPER_OFFSET`](super::SUPER_OFFSET) on the superblock's checksum covers: the rest of the block that holds the
 /// superblock where blocks are larger than its offset, else one block.
 pub const fn checksummed_len(block_bits: u8) -> usize {
     let block = 1_usize << block_bits;
@@ -142,7 +142,7 @@ pub const fn checksummed_len(block_bits: u8) -> usize {
 }
 
 /// The superblock's checksum: CRC-32C (no final inversion) over the first [`checksummed_len`] bytes from
-/// [`SUPER_OFFSET`] on, the checksum field itself taken as zero.
+/// [`SUPER_OFFSET`](super::SUPER_OFFSET) on, the checksum field itself taken as zero.
 pub fn superblock_checksum(covered: &[u8]) -> u32 {
     let (head, tail) = covered.split_at(covered.len().min(4));
     let crc = crc32c::crc32c(head);

@@ -149,9 +149,20 @@ fn implied() -> File {
 }
 
 impl Model {
+    /// True if the layer has something at `path` that is no directory and leads to none.
+    fn is_file(&self, path: &[u8]) -> bool {
+        let kind = self.names.get(path).map(|number| &self.files[*number].kind);
+        self.pending.contains_key(path)
+            || kind.is_some_and(|kind| !matches!(kind, EntryKind::Directory | EntryKind::Symlink { .. }))
+    }
+
     fn add(&mut self, entry: &LayerEntry, content: &[u8]) -> Option<()> {
         let at = entry.path.to_bytes();
         let above: Vec<RelPath> = std::iter::successors(entry.path.parent(), RelPath::parent).collect();
+        let is_mark = matches!(entry.kind, EntryKind::Whiteout | EntryKind::Opaque);
+        if is_mark && above.iter().any(|path| self.is_file(&path.to_bytes())) {
+            return Some(());
+        }
         for directory in above.iter().rev() {
             self.make_directory(&directory.to_bytes());
         }

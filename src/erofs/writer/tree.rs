@@ -189,7 +189,13 @@ impl Tree {
         let Some(name) = path.file_name() else {
             return self.add_root(entry);
         };
-        let parent = self.directory(path, path.components().split_last().map_or(&[][..], |(_, above)| above))?;
+        let above = path.components().split_last().map_or(&[][..], |(_, above)| above);
+        let is_mark = matches!(entry.kind, EntryKind::Whiteout | EntryKind::Opaque);
+        // What a file of this layer stands in place of is hidden already, and a mark takes nothing of this layer away.
+        if is_mark && self.leads_through_file(path, above)? {
+            return Ok(());
+        }
+        let parent = self.directory(path, above)?;
         let link = self.link(parent, name.as_bytes())?;
         match &entry.kind {
             EntryKind::Whiteout => self.hide(link),
@@ -256,6 +262,25 @@ impl Tree {
             }
         }
         Ok(self.child(walk.current(), name.as_bytes()))
+    }
+
+    /// True if something of this layer that is no directory stands where `above` wants one.
+    fn leads_through_file(&self, path: &RelPath, above: &[Name]) -> Result<bool, TreeError> {
+        let mut walk = Walk::new(path, above);
+        while let Some(step) = walk.next() {
+            match step {
+                Step::Up => walk.leave(),
+                Step::Into(name) => match self.child(walk.current(), &name) {
+                    Some(node) => match self.nodes[node as usize].body {
+                        Body::Directory(_) => walk.enter(node),
+                        Body::Symlink { target } => walk.follow(self.strings.get(target))?,
+                        _ => return Ok(true),
+                    },
+                    None => return Ok(false),
+                },
+            }
+        }
+        Ok(false)
     }
 
     /// The directory that `above` leads to, made as far as it is missing.

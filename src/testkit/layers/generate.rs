@@ -322,7 +322,7 @@ impl Building<'_> {
 
     fn make_opaque(&mut self, operation: &Operation, path: RelPath) {
         // Now and then the root, which is untouched only if nothing came before.
-        if operation.crowd % 2 == 0 && self.files.is_empty() && self.number > 0 {
+        if operation.crowd.is_multiple_of(2) && self.files.is_empty() && self.number > 0 {
             return self.push(RelPath::root(), EntryKind::Opaque, Metadata::default(), Vec::new());
         }
         let found = self.untouched(|path| self.merged.is_directory(path));

@@ -87,7 +87,7 @@ impl Kernel {
 impl Drop for Kernel {
     fn drop(&mut self) {
         for path in self.mounted.iter().rev() {
-            rustix::mount::unmount(path, UnmountFlags::empty()).unwrap();
+            rustix::mount::unmount(path, UnmountFlags::DETACH).unwrap();
         }
     }
 }

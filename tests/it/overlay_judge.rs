@@ -143,7 +143,7 @@ fn both(images: Vec<Vec<u8>>) -> (Listing, Listing) {
     let target = tempfile::tempdir().unwrap();
     let server = mount(&lazy(images), target.path());
     let shown = Listing::of_overlay(target.path()).unwrap();
-    server.unmount(Unmount::Strict).unwrap();
+    server.unmount(Unmount::Lazy).unwrap();
     server.wait();
     (Listing::of_overlay(kernel.tree()).unwrap(), shown)
 }

@@ -33,6 +33,7 @@ impl LayerImage {
         let Some(chunked) = self.chunked() else {
             return self.request(ByteRange::to(u64::MAX), Cause::Fill, done);
         };
+        self.verify_again();
         chunked.filling.fetch_add(1, Ordering::Relaxed);
         let fill = Arc::new(Fill {
             layer: Arc::downgrade(self),

@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use super::counters::{Counting, add};
 use super::queue::{Key, LayerId};
@@ -22,6 +22,7 @@ use crate::store::{BlobFile, StoreError, Verdict};
 /// [`ReadAt`] answers from what is here, at once. What it says is absent can be [requested](Self::request). Dropped, it
 /// answers a failure to whoever still waits for it.
 pub struct LayerImage {
+    pub(super) me: Weak<Self>,
     pub(super) id: LayerId,
     pub(super) spec: LayerSpec,
     pub(super) source: Arc<dyn BlobSource>,
@@ -48,7 +49,10 @@ pub(super) struct Chunked {
     around: Option<Mutex<Around>>,
     /// Every chunk below this one is present.
     complete_below: AtomicU32,
+    /// The whole is being verified, or it is known what it hashes to.
     pub(super) verifying: AtomicBool,
+    /// The last try to verify the whole broke off.
+    pub(super) verify_failed: AtomicBool,
     /// Fills that are not finished.
     pub(super) filling: AtomicU32,
 }
@@ -108,6 +112,7 @@ impl Chunked {
             around: (read_ahead > 0).then(Mutex::default),
             complete_below: AtomicU32::new(0),
             verifying: AtomicBool::new(false),
+            verify_failed: AtomicBool::new(false),
             filling: AtomicU32::new(0),
         }
     }
@@ -182,6 +187,7 @@ impl LayerImage {
         let has = |chunk| if cause == Cause::Fill { chunked.file.is_present(chunk) } else { self.has(chunked, chunk) };
         let missing: Vec<u32> = wanted.filter(|chunk| !has(*chunk)).collect();
         if missing.is_empty() {
+            self.check_complete();
             return done(Ok(()));
         }
         let deadline = cause.is_demand().then_some(self.shared.config.deadline);
@@ -324,6 +330,8 @@ impl LayerImage {
             }
         }
         self.reached(chunked, wanted.clone(), Reach::Hit);
+        // The last chunk may have come through somebody else who has the image open.
+        self.check_complete();
         if on_disk {
             return read_file(&chunked.file, range, buf);
         }

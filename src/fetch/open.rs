@@ -1,6 +1,6 @@
 //! Opens layers: finds the chunk index, in the store or at the source, and the image that it describes.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::sync::atomic::AtomicBool;
 
 use futures::StreamExt as _;
@@ -47,7 +47,8 @@ pub(super) async fn open_layer(
         None => Body::Whole(opening.whole().await?),
     };
     let id = shared.new_layer_id();
-    let layer = Arc::new(LayerImage {
+    let layer = Arc::new_cyclic(|me| LayerImage {
+        me: Weak::clone(me),
         id,
         spec,
         source,

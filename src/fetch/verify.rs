@@ -27,10 +27,13 @@ struct Verification {
 }
 
 impl LayerImage {
-    /// Begins to verify the layer if all of it is here and nobody has done so.
-    pub(super) fn check_complete(self: &Arc<Self>) {
+    /// Begins to verify the layer if all of it is here and nobody has done so. Cheap enough for every read.
+    pub(super) fn check_complete(&self) {
         let Some(chunked) = self.chunked() else { return };
-        if !chunked.is_complete() || matches!(chunked.tail, Tail::Unknown) {
+        if chunked.verifying.load(Ordering::Acquire) || !chunked.is_complete() || matches!(chunked.tail, Tail::Unknown) {
+            return;
+        }
+        if chunked.verifying.swap(true, Ordering::AcqRel) {
             return;
         }
         match chunked.file.verdict() {
@@ -38,11 +41,18 @@ impl LayerImage {
             Verdict::Contradicted(found) if found != self.spec.diff_id => return,
             Verdict::Unverified | Verdict::Quarantined(_) | Verdict::Contradicted(_) => {}
         }
-        if chunked.verifying.swap(true, Ordering::AcqRel) {
-            return;
-        }
         let hasher = Hasher::new(self.spec.diff_id.0.algorithm());
-        Verification { layer: Arc::downgrade(self), hasher, offset: 0 }.queue(self);
+        Verification { layer: Weak::clone(&self.me), hasher, offset: 0 }.queue(self);
+    }
+
+    /// The same for a layer whose verification broke off before: reads do not try that again, fills do.
+    pub(super) fn verify_again(&self) {
+        if let Some(chunked) = self.chunked()
+            && chunked.verify_failed.swap(false, Ordering::AcqRel)
+        {
+            chunked.verifying.store(false, Ordering::Release);
+        }
+        self.check_complete();
     }
 
     fn verified(self: &Arc<Self>, found: DiffId) {
@@ -56,11 +66,13 @@ impl LayerImage {
             if let Err(error) = chunked.file.set_verdict(verdict) {
                 let error: &dyn std::error::Error = &error;
                 tracing::warn!(%blob, error, "what was found out about a complete layer is not kept");
+                chunked.verify_failed.store(true, Ordering::Release);
+                return;
             }
             if matches!(verdict, Verdict::Quarantined(_)) {
                 chunked.start_over();
+                chunked.verifying.store(false, Ordering::Release);
             }
-            chunked.verifying.store(false, Ordering::Release);
         }));
     }
 
@@ -80,7 +92,7 @@ impl LayerImage {
 }
 
 impl Verification {
-    fn queue(self, layer: &Arc<LayerImage>) {
+    fn queue(self, layer: &LayerImage) {
         layer.shared.cpu.run(Urgency::Verify, move || self.step());
     }
 
@@ -96,6 +108,7 @@ impl Verification {
             if let Err(error) = chunked.file.read_exact_at(self.offset, part) {
                 let error: &dyn std::error::Error = &error;
                 tracing::warn!(blob = %layer.spec.blob, error, "a complete layer cannot be verified");
+                chunked.verify_failed.store(true, Ordering::Release);
                 return;
             }
             self.hasher.update(part);

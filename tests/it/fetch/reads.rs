@@ -24,7 +24,9 @@ fn a_read_fetches_the_chunks_it_needs_and_no_others() {
         assert_eq!(read(&image, 5000, 10_000).unwrap(), layer.image[5000..15_000]);
         assert_eq!(stage.source.asked().len(), 1, "what is here was fetched again");
         assert_eq!(read(&image, 0, 19_001).unwrap(), layer.image);
-        assert_eq!(ranges(&stage)[1..], [blob_range(&layer, 0, 0), blob_range(&layer, 3, 4)]);
+        // Two requests at the same time.
+        let rest: BTreeSet<_> = ranges(&stage).split_off(1).into_iter().collect();
+        assert_eq!(rest, BTreeSet::from([blob_range(&layer, 0, 0), blob_range(&layer, 3, 4)]));
         let counters = image.counters();
         assert_eq!((counters.chunks, counters.needed), (5, layer.chunks[4].end()));
         assert_eq!(counters.fetched, layer.bytes.len() as u64);

@@ -1,7 +1,7 @@
 //! Opens layers: finds the chunk index, in the store or at the source, and the image that it describes.
 
-use std::sync::{Arc, Weak};
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Weak};
 
 use futures::StreamExt as _;
 use tokio::time::timeout;

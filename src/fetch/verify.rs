@@ -30,7 +30,8 @@ impl LayerImage {
     /// Begins to verify the layer if all of it is here and nobody has done so. Cheap enough for every read.
     pub(super) fn check_complete(&self) {
         let Some(chunked) = self.chunked() else { return };
-        if chunked.verifying.load(Ordering::Acquire) || !chunked.is_complete() || matches!(chunked.tail, Tail::Unknown) {
+        if chunked.verifying.load(Ordering::Acquire) || !chunked.is_complete() || matches!(chunked.tail, Tail::Unknown)
+        {
             return;
         }
         if chunked.verifying.swap(true, Ordering::AcqRel) {

@@ -2,8 +2,10 @@
 
 pub mod fuse;
 mod lock;
+pub mod loopdev;
 mod map;
 pub mod mount;
+pub mod stack;
 
 pub use lock::{FileLock, LockMode};
 pub use map::SharedBytes;

@@ -3,27 +3,23 @@
 //! Guarantees: it is checked once, here; a key that does not exist is an error that names the nearest one; what is not said
 //! has the default that `docs/config.example.toml` shows. Below this room nobody reads a file of settings or the environment.
 
+mod said;
+mod values;
+
 use std::ffi::OsString;
 use std::fmt;
 use std::fs;
 use std::io;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::time::Duration;
 
 use serde::Deserialize;
-use serde::de::{Deserializer, Error as _};
 
-/// Every key that may be said, by section; the empty name is the top.
-const KEYS: &[(&str, &[&str])] = &[
-    ("", &["root", "log_level"]),
-    (
-        "registry",
-        &["docker_config", "certs_d", "connect_timeout", "response_timeout", "idle_timeout", "deadline", "rounds"],
-    ),
-    ("fetch", &["memory", "connections", "deadline", "read_ahead"]),
-    ("store", &["sync_interval"]),
-];
+use said::{Said, nearest_key, unknown_key};
+use values::{Size, Span};
+
+pub use values::parse_size;
 
 /// Why there is no configuration.
 #[derive(Debug, thiserror::Error)]
@@ -118,6 +114,8 @@ pub struct Surroundings {
     pub config_home: Option<PathBuf>,
     /// `DOCKER_CONFIG`, a directory.
     pub docker_config: Option<PathBuf>,
+    /// `XDG_RUNTIME_DIR`.
+    pub runtime_dir: Option<PathBuf>,
 }
 
 impl Surroundings {
@@ -130,6 +128,7 @@ impl Surroundings {
             data_home: path("XDG_DATA_HOME"),
             config_home: path("XDG_CONFIG_HOME"),
             docker_config: path("DOCKER_CONFIG"),
+            runtime_dir: path("XDG_RUNTIME_DIR"),
         }
     }
 
@@ -152,46 +151,17 @@ impl Surroundings {
         self.data_home.clone().unwrap_or_else(|| self.home().join(".local/share")).join("headstart")
     }
 
+    fn run(&self, root: &Path) -> PathBuf {
+        match &self.runtime_dir {
+            _ if self.is_root => PathBuf::from("/run/headstart"),
+            Some(directory) => directory.join("headstart"),
+            None => root.join("run"),
+        }
+    }
+
     fn docker_config(&self) -> PathBuf {
         self.docker_config.clone().unwrap_or_else(|| self.home().join(".docker")).join("config.json")
     }
-}
-
-/// The file as it was written.
-#[derive(Debug, Default, Deserialize)]
-struct Said {
-    root: Option<PathBuf>,
-    log_level: Option<LogLevel>,
-    #[serde(default)]
-    registry: SaidRegistry,
-    #[serde(default)]
-    fetch: SaidFetch,
-    #[serde(default)]
-    store: SaidStore,
-}
-
-#[derive(Debug, Default, Deserialize)]
-struct SaidRegistry {
-    docker_config: Option<PathBuf>,
-    certs_d: Option<Vec<PathBuf>>,
-    connect_timeout: Option<Span>,
-    response_timeout: Option<Span>,
-    idle_timeout: Option<Span>,
-    deadline: Option<Span>,
-    rounds: Option<u32>,
-}
-
-#[derive(Debug, Default, Deserialize)]
-struct SaidFetch {
-    memory: Option<Size>,
-    connections: Option<u32>,
-    deadline: Option<Span>,
-    read_ahead: Option<Size>,
-}
-
-#[derive(Debug, Default, Deserialize)]
-struct SaidStore {
-    sync_interval: Option<Span>,
 }
 
 /// How registries are spoken to.
@@ -226,11 +196,22 @@ pub struct FetchSettings {
     pub read_ahead: u64,
 }
 
+/// How the daemon behaves.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DaemonSettings {
+    /// Where metrics, `/healthz` and `/readyz` are served over HTTP; nowhere if none.
+    pub metrics_listen: Option<SocketAddr>,
+    /// How long a daemon that ends serves mounts that are in use.
+    pub stop_timeout: Duration,
+}
+
 /// What the configuration means.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
     /// Where everything is kept.
     pub root: PathBuf,
+    /// Where the daemon's sockets and its FUSE connection are.
+    pub run: PathBuf,
     /// How much is logged.
     pub log_level: LogLevel,
     /// How registries are spoken to.
@@ -239,6 +220,8 @@ pub struct Config {
     pub fetch: FetchSettings,
     /// Longest time a fetched chunk stays unsynced: what a power cut may cost.
     pub sync_interval: Duration,
+    /// How the daemon behaves.
+    pub daemon: DaemonSettings,
 }
 
 impl Config {
@@ -269,10 +252,20 @@ impl Config {
     }
 
     fn mean(said: Said, path: &Path, surroundings: &Surroundings) -> Result<Self, ConfigError> {
-        let Said { root, log_level, registry, fetch, store } = said;
+        let Said { root, run, log_level, registry, fetch, store, daemon } = said;
         let span = |said: Option<Span>, default: Duration| said.map_or(default, |Span(span)| span);
+        let wrong = |key, why| ConfigError::Value { path: path.to_owned(), key, why };
+        let metrics_listen = match daemon.metrics_listen.as_deref() {
+            None | Some("") => None,
+            Some(address) => {
+                let parsed = address.parse();
+                Some(parsed.map_err(|_| wrong("daemon.metrics_listen", "must be ADDRESS:PORT, or empty"))?)
+            }
+        };
+        let root = root.unwrap_or_else(|| surroundings.root());
         let config = Self {
-            root: root.unwrap_or_else(|| surroundings.root()),
+            run: run.unwrap_or_else(|| surroundings.run(&root)),
+            root,
             log_level: log_level.unwrap_or(LogLevel::Warn),
             registry: RegistryConfig {
                 docker_config: registry.docker_config.unwrap_or_else(|| surroundings.docker_config()),
@@ -292,10 +285,14 @@ impl Config {
                 read_ahead: fetch.read_ahead.map_or(8 << 20, |Size(bytes)| bytes),
             },
             sync_interval: span(store.sync_interval, Duration::from_secs(5)),
+            daemon: DaemonSettings { metrics_listen, stop_timeout: span(daemon.stop_timeout, Duration::from_secs(10)) },
         };
-        let wrong = |key, why| Err(ConfigError::Value { path: path.to_owned(), key, why });
+        let wrong = |key, why| Err(wrong(key, why));
         if !config.root.is_absolute() {
             return wrong("root", "must be an absolute path");
+        }
+        if !config.run.is_absolute() {
+            return wrong("run", "must be an absolute path");
         }
         if config.fetch.memory < 1 << 20 {
             return wrong("fetch.memory", "must be at least 1MiB");
@@ -309,123 +306,6 @@ impl Config {
         Ok(config)
     }
 }
-
-/// The first key of `table` that means nothing.
-fn unknown_key(table: &toml::Table) -> Option<String> {
-    let known = |section: &str, key: &str| KEYS.iter().any(|(name, keys)| *name == section && keys.contains(&key));
-    for (key, value) in table {
-        match value {
-            toml::Value::Table(inside) if KEYS.iter().any(|(name, _)| name == key) => {
-                if let Some(unknown) = inside.keys().find(|inner| !known(key, inner)) {
-                    return Some(format!("{key}.{unknown}"));
-                }
-            }
-            _ if known("", key) => {}
-            _ => return Some(key.clone()),
-        }
-    }
-    None
-}
-
-/// The key or section that is least different from `wrong`, unless everything is very different.
-fn nearest_key(wrong: &str) -> Option<String> {
-    let sections = KEYS.iter().map(|(section, _)| (*section).to_owned()).filter(|section| !section.is_empty());
-    let full = |section: &str, key: &str| if section.is_empty() { key.to_owned() } else { format!("{section}.{key}") };
-    let keys = KEYS.iter().flat_map(|(section, keys)| keys.iter().map(|key| full(section, key)));
-    let last = |key: &str| key.rsplit('.').next().unwrap_or_default().to_owned();
-    sections
-        .chain(keys)
-        // A key in the wrong section is as near as its last part.
-        .map(|key| (distance(wrong, &key).min(distance(&last(wrong), &last(&key)) + 1), key))
-        .min()
-        .filter(|(changes, key)| *changes <= key.len() / 2)
-        .map(|(_, key)| key)
-}
-
-/// How many letters have to be changed, added or removed (Levenshtein).
-fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut next = vec![i + 1];
-        for ((y, above), diagonal) in b.iter().zip(row.iter().skip(1)).zip(&row) {
-            let left = next.last().copied().unwrap_or_default();
-            next.push((above + 1).min(left + 1).min(diagonal + usize::from(x != *y)));
-        }
-        row = next;
-    }
-    row.last().copied().unwrap_or_default()
-}
-
-/// A time as it is written: a number and `ms`, `s`, `m` or `h`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Span(Duration);
-
-impl FromStr for Span {
-    type Err = &'static str;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        const FORM: &str = "a time is written as a number and ms, s, m or h, for example \"30s\"";
-        let split = text.find(|c: char| !c.is_ascii_digit()).ok_or(FORM)?;
-        let (number, unit) = text.split_at(split);
-        let number: u64 = number.parse().map_err(|_| FORM)?;
-        let factor = match unit {
-            "ms" => 1,
-            "s" => 1_000,
-            "m" => 60_000,
-            "h" => 3_600_000,
-            _ => return Err(FORM),
-        };
-        number.checked_mul(factor).map(|millis| Self(Duration::from_millis(millis))).ok_or(FORM)
-    }
-}
-
-/// A number of bytes as it is written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Size(u64);
-
-impl FromStr for Size {
-    type Err = &'static str;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        parse_size(text).map(Self)
-    }
-}
-
-/// Bytes written as a number with or without `kB`, `MB`, `GB`, `KiB`, `MiB`, `GiB`.
-///
-/// # Errors
-/// How it has to be written.
-pub fn parse_size(text: &str) -> Result<u64, &'static str> {
-    const FORM: &str =
-        "a size is written as a number with or without kB, MB, GB, KiB, MiB or GiB, for example \"16MiB\"";
-    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let (number, unit) = text.split_at(split);
-    let number: u64 = number.parse().map_err(|_| FORM)?;
-    let factor: u64 = match unit {
-        "" | "B" => 1,
-        "kB" => 1_000,
-        "MB" => 1_000_000,
-        "GB" => 1_000_000_000,
-        "KiB" => 1 << 10,
-        "MiB" => 1 << 20,
-        "GiB" => 1 << 30,
-        _ => return Err(FORM),
-    };
-    number.checked_mul(factor).ok_or(FORM)
-}
-
-macro_rules! deserialize_from_text {
-    ($name:ident) => {
-        impl<'de> Deserialize<'de> for $name {
-            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-                String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
-            }
-        }
-    };
-}
-deserialize_from_text!(Span);
-deserialize_from_text!(Size);
 
 #[cfg(test)]
 mod tests {
@@ -446,7 +326,7 @@ mod tests {
         let config = parse(EXAMPLE).unwrap();
         assert_eq!(config, Config::mean(Said::default(), Path::new("c.toml"), &root()).unwrap());
         let table: toml::Table = toml::from_str(EXAMPLE).unwrap();
-        for (section, keys) in KEYS {
+        for (section, keys) in said::KEYS {
             let shown = if section.is_empty() { &table } else { table[*section].as_table().unwrap() };
             for key in *keys {
                 assert!(shown.contains_key(*key), "the example lacks {section}.{key}");
@@ -457,13 +337,15 @@ mod tests {
     #[test]
     fn every_said_value_counts() {
         let config = parse(
-            "root = '/r'\nlog_level = 'debug'\n[registry]\ndocker_config = '/d'\ncerts_d = []\nconnect_timeout = '1s'\n\
+            "root = '/r'\nrun = '/n'\nlog_level = 'debug'\n[registry]\ndocker_config = '/d'\ncerts_d = []\nconnect_timeout = '1s'\n\
              response_timeout = '2s'\nidle_timeout = '3s'\ndeadline = '4m'\nrounds = 6\n[fetch]\nmemory = '7MiB'\n\
-             connections = 8\ndeadline = '9ms'\nread_ahead = '10kB'\n[store]\nsync_interval = '11h'\n",
+             connections = 8\ndeadline = '9ms'\nread_ahead = '10kB'\n[store]\nsync_interval = '11h'\n[daemon]\n\
+             metrics_listen = '127.0.0.1:9'\nstop_timeout = '12s'\n",
         )
         .unwrap();
         let expected = Config {
             root: "/r".into(),
+            run: "/n".into(),
             log_level: LogLevel::Debug,
             registry: RegistryConfig {
                 docker_config: "/d".into(),
@@ -481,6 +363,10 @@ mod tests {
                 read_ahead: 10_000,
             },
             sync_interval: Duration::from_secs(11 * 3600),
+            daemon: DaemonSettings {
+                metrics_listen: Some("127.0.0.1:9".parse().unwrap()),
+                stop_timeout: Duration::from_secs(12),
+            },
         };
         assert_eq!(config, expected);
     }
@@ -504,6 +390,8 @@ mod tests {
         for text in [
             "root = 'relative'",
             "root = 5",
+            "run = 'relative'",
+            "[daemon]\nmetrics_listen = 'here'",
             "log_level = 'loud'",
             "[fetch]\nmemory = '1kB'",
             "[fetch]\nmemory = 5",
@@ -524,16 +412,19 @@ mod tests {
         let config = Config::mean(Said::default(), Path::new("c"), &user).unwrap();
         assert_eq!(config.root, Path::new("/home/u/.local/share/headstart"));
         assert_eq!(config.registry.docker_config, Path::new("/home/u/.docker/config.json"));
+        assert_eq!(config.run, Path::new("/home/u/.local/share/headstart/run"));
         assert_eq!(user.config_file(), Path::new("/home/u/.config/headstart/config.toml"));
         let user = Surroundings {
             data_home: Some("/data".into()),
             config_home: Some("/config".into()),
             docker_config: Some("/docker".into()),
+            runtime_dir: Some("/run/user/1".into()),
             ..user
         };
         let config = Config::mean(Said::default(), Path::new("c"), &user).unwrap();
         assert_eq!(config.root, Path::new("/data/headstart"));
         assert_eq!(config.registry.docker_config, Path::new("/docker/config.json"));
+        assert_eq!(config.run, Path::new("/run/user/1/headstart"));
         assert_eq!(user.config_file(), Path::new("/config/headstart/config.toml"));
     }
 

@@ -68,6 +68,19 @@ impl Problem {
         }
     }
 
+    /// Its name, as JSON and the control socket have it.
+    pub(crate) fn name(self) -> String {
+        match serde_json::to_value(self) {
+            Ok(serde_json::Value::String(name)) => name,
+            _ => String::new(),
+        }
+    }
+
+    /// The one with this name.
+    pub(crate) fn named(name: &str) -> Option<Self> {
+        serde_json::from_value(name.into()).ok()
+    }
+
     /// [`Problem::code`] for the end of `main`.
     pub(crate) fn exit_code(self) -> ExitCode {
         ExitCode::from(self.code())
@@ -144,8 +157,8 @@ mod tests {
     fn the_manual_shows_the_table() {
         let manual = include_str!("../../docs/operations.md");
         for problem in Problem::ALL {
-            let name = serde_json::to_value(problem).unwrap();
-            let row = format!("| {} | `{}` |", problem.code(), name.as_str().unwrap());
+            assert_eq!(Problem::named(&problem.name()), Some(problem));
+            let row = format!("| {} | `{}` |", problem.code(), problem.name());
             assert!(manual.contains(&row), "docs/operations.md has no row {row}");
         }
     }

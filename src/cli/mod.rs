@@ -44,8 +44,8 @@ pub fn main() -> ExitCode {
 fn run(context: &Context, command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Mount(arguments) => commands::mount::mount(context, &arguments),
-        Command::Umount(arguments) => commands::mount::umount(context, &arguments),
-        Command::Status(_) => commands::mount::status(context),
+        Command::Umount(arguments) => commands::umount::umount(context, &arguments),
+        Command::Status(_) => commands::status::status(context),
         Command::Inspect(arguments) => commands::look::inspect(context, &arguments),
         Command::Check(arguments) => commands::look::check(context, &arguments),
         Command::Ls(arguments) => commands::files::ls(context, &arguments),

@@ -5,6 +5,7 @@ use std::io::Write as _;
 use serde::{Deserialize, Serialize};
 
 use super::exit::Problem;
+use crate::control::{ControlError, Fault};
 
 /// A failure in words. It crosses the pipe from a serving process to the command that started it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -21,6 +22,9 @@ impl Failure {
         if let Some(Relayed(failure)) = error.downcast_ref::<Relayed>() {
             return failure.clone();
         }
+        if let Some(ControlError::Refused(fault)) = error.downcast_ref::<ControlError>() {
+            return Self::of_fault(fault);
+        }
         let problem = Problem::of(error);
         let message = error.to_string();
         let mut causes: Vec<String> = Vec::new();
@@ -33,6 +37,19 @@ impl Failure {
         }
         Self { problem, message, causes, hint: problem.hint().map(str::to_owned) }
     }
+
+    /// What another process says, as if it had happened here.
+    fn of_fault(fault: &Fault) -> Self {
+        let Fault { kind, message, causes } = fault.clone();
+        let problem = Problem::named(&kind).unwrap_or(Problem::Internal);
+        Self { problem, message, causes, hint: problem.hint().map(str::to_owned) }
+    }
+}
+
+/// What `error` says, in the form in which it crosses a control socket.
+pub(crate) fn fault(error: &anyhow::Error) -> Fault {
+    let Failure { problem, message, causes, hint: _ } = Failure::of(error);
+    Fault { kind: problem.name(), message, causes }
 }
 
 /// A failure of another process, told again as it is.
@@ -89,6 +106,13 @@ mod tests {
         assert_eq!(value["error"]["problem"], "not-found");
         assert_eq!(value["error"]["exit_code"], 3);
         assert_eq!(value["error"]["causes"], serde_json::json!(["cannot read x: no such file"]));
+    }
+
+    #[test]
+    fn a_failure_that_crossed_a_socket_stays_what_it_was() {
+        let failure = Failure::of(&example());
+        let refused = ControlError::Refused(fault(&example()));
+        assert_eq!(Failure::of(&refused.into()), failure);
     }
 
     #[test]

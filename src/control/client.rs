@@ -4,9 +4,16 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
-use super::status::{MountStatus, Unmount, Unmounted};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::VERSION;
+use super::fault::Fault;
+use super::message::{Done, MountAsked, UmountAsked, WaitAsked};
+use super::status::{Health, HostStatus, MountStatus};
 
 /// A serving process answers from memory, so a silence this long means that it hangs.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
@@ -32,7 +39,7 @@ pub enum ControlError {
         #[source]
         source: io::Error,
     },
-    /// It gave no answer that can be understood, or none in time.
+    /// It gave no answer, or none in time.
     #[error("the serving process at {socket} gave no answer")]
     NoAnswer {
         /// The socket.
@@ -41,47 +48,131 @@ pub enum ControlError {
         #[source]
         source: reqwest::Error,
     },
+    /// It gave an answer that cannot be understood.
+    #[error("cannot understand the answer of the serving process at {socket}: it may be of another version")]
+    Nonsense {
+        /// The socket.
+        socket: PathBuf,
+        /// Why.
+        #[source]
+        source: Arc<serde_json::Error>,
+    },
+    /// It refused, or failed.
+    #[error(transparent)]
+    Refused(Fault),
 }
 
-/// How the mount behind `socket` stands.
-///
-/// # Errors
-/// See [`ControlError`].
-pub async fn status(socket: &Path) -> Result<MountStatus, ControlError> {
-    ask(socket, |client| client.get("http://mount/status")).await
+/// Asks the process behind a socket. Each question is a connection of its own.
+#[derive(Debug, Clone)]
+pub struct Client {
+    socket: PathBuf,
 }
 
-/// Asks the process behind `socket` to end its mount.
-///
-/// # Errors
-/// See [`ControlError`].
-pub async fn unmount(socket: &Path, how: Unmount) -> Result<Unmounted, ControlError> {
-    ask(socket, |client| client.post("http://mount/unmount").json(&how)).await
+impl Client {
+    /// One for the process behind `socket`. Nothing is asked yet.
+    pub fn new(socket: impl Into<PathBuf>) -> Self {
+        Self { socket: socket.into() }
+    }
+
+    /// That it is there, and what it is.
+    ///
+    /// # Errors
+    /// See [`ControlError`].
+    pub async fn health(&self) -> Result<Health, ControlError> {
+        self.get("health").await
+    }
+
+    /// How everything stands that it serves.
+    ///
+    /// # Errors
+    /// See [`ControlError`].
+    pub async fn status(&self) -> Result<HostStatus, ControlError> {
+        self.get("status").await
+    }
+
+    /// Has an image mounted; as long as it takes.
+    ///
+    /// # Errors
+    /// See [`ControlError`].
+    pub async fn mount(&self, asked: &MountAsked) -> Result<MountStatus, ControlError> {
+        self.post("mount", asked).await
+    }
+
+    /// Has a mount ended.
+    ///
+    /// # Errors
+    /// See [`ControlError`].
+    pub async fn umount(&self, asked: &UmountAsked) -> Result<(), ControlError> {
+        self.post("umount", asked).await.map(|Done {}| ())
+    }
+
+    /// Waits until all of a mount is here; as long as it takes.
+    ///
+    /// # Errors
+    /// See [`ControlError`].
+    pub async fn wait(&self, asked: &WaitAsked) -> Result<MountStatus, ControlError> {
+        self.post("wait", asked).await
+    }
+
+    async fn get<A: DeserializeOwned>(&self, question: &str) -> Result<A, ControlError> {
+        // Answered from memory.
+        self.ask(|client| client.get(address(question)).timeout(ANSWER_LIMIT)).await
+    }
+
+    async fn post<A: DeserializeOwned>(&self, question: &str, asked: &impl Serialize) -> Result<A, ControlError> {
+        self.ask(|client| client.post(address(question)).json(asked)).await
+    }
+
+    async fn ask<A: DeserializeOwned>(
+        &self,
+        request: impl FnOnce(&reqwest::Client) -> reqwest::RequestBuilder,
+    ) -> Result<A, ControlError> {
+        let answer = self.send(request).await?;
+        let no_answer = |source| self.no_answer(source);
+        let bytes = answer.bytes().await.map_err(no_answer)?;
+        serde_json::from_slice(&bytes)
+            .map_err(|source| ControlError::Nonsense { socket: self.socket.clone(), source: Arc::new(source) })
+    }
+
+    /// Sends a request; a refusal is an error.
+    async fn send(
+        &self,
+        request: impl FnOnce(&reqwest::Client) -> reqwest::RequestBuilder,
+    ) -> Result<reqwest::Response, ControlError> {
+        let socket = &self.socket;
+        let unreachable = |source: io::Error| match source.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => ControlError::Gone { socket: socket.clone() },
+            _ => ControlError::Unreachable { socket: socket.clone(), source },
+        };
+        // Asked first by itself, because the HTTP library does not tell why it could not connect.
+        with_short_path(socket, |short| std::os::unix::net::UnixStream::connect(short)).map_err(unreachable)?;
+        let directory = open_directory(socket).map_err(unreachable)?;
+        let client = reqwest::Client::builder()
+            .no_proxy()
+            .unix_socket(short_path(socket, &directory))
+            .build()
+            .map_err(|source| self.no_answer(source))?;
+        let answer = request(&client).send().await.map_err(|source| self.no_answer(source))?;
+        if answer.status().is_success() {
+            return Ok(answer);
+        }
+        let bytes = answer.bytes().await.map_err(|source| self.no_answer(source))?;
+        Err(match serde_json::from_slice(&bytes) {
+            Ok(fault) => ControlError::Refused(fault),
+            Err(source) => ControlError::Nonsense { socket: socket.clone(), source: Arc::new(source) },
+        })
+    }
+
+    fn no_answer(&self, source: reqwest::Error) -> ControlError {
+        match source.is_connect() {
+            true => ControlError::Gone { socket: self.socket.clone() },
+            false => ControlError::NoAnswer { socket: self.socket.clone(), source },
+        }
+    }
 }
 
-async fn ask<T: serde::de::DeserializeOwned>(
-    socket: &Path,
-    request: impl FnOnce(&reqwest::Client) -> reqwest::RequestBuilder,
-) -> Result<T, ControlError> {
-    let unreachable = |source: io::Error| match source.kind() {
-        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => ControlError::Gone { socket: socket.to_owned() },
-        _ => ControlError::Unreachable { socket: socket.to_owned(), source },
-    };
-    // Asked first by itself, because the HTTP library does not tell why it could not connect.
-    with_short_path(socket, |short| std::os::unix::net::UnixStream::connect(short)).map_err(unreachable)?;
-    let directory = open_directory(socket).map_err(unreachable)?;
-    let no_answer = |source: reqwest::Error| match source.is_connect() {
-        true => ControlError::Gone { socket: socket.to_owned() },
-        false => ControlError::NoAnswer { socket: socket.to_owned(), source },
-    };
-    let client = reqwest::Client::builder()
-        .no_proxy()
-        .timeout(ANSWER_LIMIT)
-        .unix_socket(short_path(socket, &directory))
-        .build()
-        .map_err(no_answer)?;
-    let answer = request(&client).send().await.and_then(reqwest::Response::error_for_status).map_err(no_answer)?;
-    answer.json().await.map_err(no_answer)
+fn address(question: &str) -> String {
+    format!("http://headstart/v{VERSION}/{question}")
 }
 
 fn open_directory(socket: &Path) -> io::Result<File> {
@@ -106,31 +197,39 @@ pub(super) fn with_short_path<T>(socket: &Path, with: impl FnOnce(&Path) -> io::
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::Mutex;
+
+    use futures::future::BoxFuture;
 
     use super::super::server::{ControlServer, Served};
-    use super::super::status::{LayerState, LayerStatus};
+    use super::super::status::{DaemonStatus, LayerState, LayerStatus, MountRecord};
     use super::*;
     use crate::model::{Algorithm, BlobDigest, DiffId, Digest};
 
-    struct Mount {
-        lazy: AtomicBool,
+    /// Refuses all but lazy ends, and remembers what it was asked.
+    #[derive(Default)]
+    struct Process {
+        mounts: Mutex<Vec<MountAsked>>,
     }
 
     fn example() -> MountStatus {
         let digest = Digest::of(Algorithm::Sha256, b"layer");
         MountStatus {
-            image: "oci:here:latest".to_owned(),
-            manifest: BlobDigest(digest),
-            mount_point: "/mnt".into(),
-            driver: "fuse".to_owned(),
-            pid: 7,
-            upper: None,
+            record: MountRecord {
+                image: "oci:here:latest".to_owned(),
+                manifest: BlobDigest(digest),
+                mount_point: "/mnt".into(),
+                driver: "fuse".to_owned(),
+                pid: 7,
+                upper: None,
+                daemon: None,
+            },
+            driver_why: None,
             layers: vec![LayerStatus {
                 digest: BlobDigest(digest),
                 diff_id: Some(DiffId(digest)),
                 state: LayerState::Lazy,
+                why: Some("nobody read it".to_owned()),
                 chunks: 9,
                 present: 1,
                 bytes: 1 << 40,
@@ -141,46 +240,122 @@ mod tests {
         }
     }
 
-    impl Served for Mount {
-        fn status(&self) -> MountStatus {
-            example()
+    fn busy() -> Fault {
+        Fault { kind: "mount-point".to_owned(), message: "cannot".to_owned(), causes: vec!["busy".to_owned()] }
+    }
+
+    impl Served for Process {
+        fn health(&self) -> Health {
+            Health { version: "1".to_owned(), pid: 7, root: "/r".into(), ready: true }
         }
 
-        fn unmount(&self, how: Unmount) -> Unmounted {
-            self.lazy.store(how.lazy, Ordering::SeqCst);
-            if how.lazy { Unmounted::Done } else { Unmounted::Busy }
+        fn status(&self) -> HostStatus {
+            let daemon = DaemonStatus { health: self.health(), uptime_seconds: 1, resident_bytes: 2, connections: 3 };
+            HostStatus { daemon, mounts: vec![example()] }
         }
+
+        fn mount(&self, asked: MountAsked) -> BoxFuture<'static, Result<MountStatus, Fault>> {
+            self.mounts.lock().unwrap().push(asked);
+            Box::pin(async { Ok(example()) })
+        }
+
+        fn umount(&self, asked: UmountAsked) -> BoxFuture<'static, Result<(), Fault>> {
+            Box::pin(async move { if asked.lazy { Ok(()) } else { Err(busy()) } })
+        }
+
+        fn wait(&self, _: WaitAsked) -> BoxFuture<'static, Result<MountStatus, Fault>> {
+            Box::pin(async { Ok(example()) })
+        }
+    }
+
+    /// A process at `socket` while `with` runs.
+    async fn serving<F: Future>(socket: &Path, with: impl FnOnce(Arc<Process>) -> F) -> F::Output {
+        let process = Arc::new(Process::default());
+        let server = ControlServer::bind(socket).unwrap();
+        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+        let served: Arc<dyn Served> = Arc::<Process>::clone(&process);
+        let running = tokio::spawn(server.run(served, async {
+            stopped.await.ok();
+        }));
+        let done = with(process).await;
+        stop.send(()).unwrap();
+        running.await.unwrap().unwrap();
+        assert!(!socket.exists());
+        done
+    }
+
+    fn ready() {
+        rustls::crypto::ring::default_provider().install_default().ok();
     }
 
     #[tokio::test]
     async fn questions_are_answered_at_paths_of_any_length() {
-        rustls::crypto::ring::default_provider().install_default().ok();
+        ready();
         let temporary = tempfile::tempdir().unwrap();
         let deep = temporary.path().join("d".repeat(100)).join("e".repeat(100));
         std::fs::create_dir_all(&deep).unwrap();
         for socket in [temporary.path().join("s"), deep.join("socket")] {
-            assert!(matches!(status(&socket).await, Err(ControlError::Gone { .. })));
-            let served = Arc::new(Mount { lazy: AtomicBool::new(false) });
-            let server = ControlServer::bind(&socket).unwrap();
-            let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-            let as_served: Arc<dyn Served> = Arc::<Mount>::clone(&served);
-            let running = tokio::spawn(server.run(as_served, async {
-                stopped.await.ok();
-            }));
-            assert_eq!(status(&socket).await.unwrap(), example());
-            assert_eq!(unmount(&socket, Unmount { lazy: false }).await.unwrap(), Unmounted::Busy);
-            assert_eq!(unmount(&socket, Unmount { lazy: true }).await.unwrap(), Unmounted::Done);
-            assert!(served.lazy.load(Ordering::SeqCst));
-            stop.send(()).unwrap();
-            running.await.unwrap().unwrap();
-            assert!(!socket.exists());
+            let client = Client::new(&socket);
+            assert!(matches!(client.status().await, Err(ControlError::Gone { .. })));
+            serving(&socket, async |process| {
+                assert_eq!(client.health().await.unwrap(), process.health());
+                assert_eq!(client.status().await.unwrap(), process.status());
+                let asked = MountAsked {
+                    image: "i".to_owned(),
+                    mount_point: "/m".into(),
+                    platform: None,
+                    upper: Some("/u".into()),
+                };
+                assert_eq!(client.mount(&asked).await.unwrap(), example());
+                assert_eq!(*process.mounts.lock().unwrap(), [asked]);
+                let asked = |lazy| UmountAsked { mount_point: "/m".into(), lazy };
+                client.umount(&asked(true)).await.unwrap();
+                match client.umount(&asked(false)).await {
+                    Err(ControlError::Refused(fault)) => assert_eq!(fault, busy()),
+                    other => panic!("{other:?}"),
+                }
+                assert_eq!(client.wait(&WaitAsked { mount_point: "/m".into() }).await.unwrap(), example());
+            })
+            .await;
         }
+    }
+
+    #[tokio::test]
+    async fn what_is_not_understood_is_refused_with_the_reason() {
+        ready();
+        let temporary = tempfile::tempdir().unwrap();
+        let socket = temporary.path().join("s");
+        let large = format!("{{\"mount_point\": \"{}\"}}", "x".repeat(80_000));
+        serving(&socket, async |_| {
+            let client = Client::new(&socket);
+            for (question, body, kind, words) in [
+                ("v1/umount", "{\"mount_point\": \"/m\", \"force\": true}", "usage", "unknown field `force`"),
+                ("v1/umount", "{}", "usage", "missing field `mount_point`"),
+                ("v1/umount", "{", "usage", "cannot understand"),
+                ("v1/umount", &large, "usage", "more than 65536 bytes"),
+                ("v1/fly", "{}", "usage", "POST /v1/fly: there is no such question"),
+                ("v1/status", "{}", "usage", "POST /v1/status: there is no such question"),
+                ("v2/umount", "{}", "unsupported", "speaks version 1 of the control protocol, not 2"),
+                ("umount", "{}", "usage", "no such question"),
+            ] {
+                let url = format!("http://headstart/{question}");
+                match client.send(|client| client.post(url).body(body.to_owned())).await {
+                    Err(ControlError::Refused(fault)) => {
+                        assert_eq!(fault.kind, kind, "{question}: {fault:?}");
+                        assert!(fault.message.contains(words), "{question}: {fault:?}");
+                    }
+                    other => panic!("{question}: {other:?}"),
+                }
+            }
+        })
+        .await;
     }
 
     #[test]
     fn states_have_the_names_that_are_promised() {
         let text = serde_json::to_value(example()).unwrap();
         assert_eq!(text["layers"][0]["state"], "lazy");
+        assert_eq!(text["mount_point"], "/mnt");
         for (state, name) in
             [(LayerState::Lazy, "lazy"), (LayerState::Filling, "filling"), (LayerState::Local, "local")]
         {

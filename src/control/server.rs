@@ -1,25 +1,48 @@
-//! The answering side, in the process that serves the mount.
+//! The answering side, in the process that serves.
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
+use axum::body::{Body, to_bytes};
 use axum::extract::State;
-use axum::http::StatusCode;
+use axum::http::{Method, StatusCode, Uri};
+use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use tokio::net::UnixListener;
+use futures::future::BoxFuture;
+use tokio::net::unix::SocketAddr;
+use tokio::net::{UnixListener, UnixStream};
 
-use super::status::{MountStatus, Unmount, Unmounted};
+use super::fault::Fault;
+use super::message::{MountAsked, UmountAsked, WaitAsked};
+use super::status::{Health, HostStatus, MountStatus};
+use super::{Done, VERSION};
 
-/// What can be asked of a mount.
+/// Largest request. Paths and references have a few thousand bytes at most.
+const BODY_LIMIT: usize = 64 << 10;
+
+/// How long to wait when the process has no descriptors left for a new connection.
+const BREATH: Duration = Duration::from_millis(100);
+
+/// What can be asked of a process that serves mounts. A future that is dropped gives up what it was about to do.
 pub trait Served: Send + Sync + 'static {
-    /// How things stand.
-    fn status(&self) -> MountStatus;
+    /// That it is there.
+    fn health(&self) -> Health;
 
-    /// Ends the mount. May wait for the kernel; called on a thread that may.
-    fn unmount(&self, how: Unmount) -> Unmounted;
+    /// How everything stands. May wait for a disk; called on a thread that may.
+    fn status(&self) -> HostStatus;
+
+    /// Mounts an image.
+    fn mount(&self, asked: MountAsked) -> BoxFuture<'static, Result<MountStatus, Fault>>;
+
+    /// Ends a mount.
+    fn umount(&self, asked: UmountAsked) -> BoxFuture<'static, Result<(), Fault>>;
+
+    /// Waits until all of a mount is here.
+    fn wait(&self, asked: WaitAsked) -> BoxFuture<'static, Result<MountStatus, Fault>>;
 }
 
 /// A bound socket. Its file goes when this is dropped.
@@ -46,7 +69,7 @@ impl ControlServer {
         Ok(server)
     }
 
-    /// Answers until `stop` is done.
+    /// Answers until `stop` is done, and then those who have asked before.
     ///
     /// # Errors
     /// The socket failed for good.
@@ -55,9 +78,8 @@ impl ControlServer {
         served: Arc<dyn Served>,
         stop: impl Future<Output = ()> + Send + 'static,
     ) -> io::Result<()> {
-        let router = Router::new().route("/status", get(answer_status)).route("/unmount", post(answer_unmount));
         match self.listener.take() {
-            Some(listener) => axum::serve(listener, router.with_state(served)).with_graceful_shutdown(stop).await,
+            Some(listener) => axum::serve(Guarded(listener), router(served)).with_graceful_shutdown(stop).await,
             None => Ok(()),
         }
     }
@@ -74,15 +96,113 @@ impl Drop for ControlServer {
     }
 }
 
-async fn answer_status(State(served): State<Arc<dyn Served>>) -> Result<Json<MountStatus>, StatusCode> {
-    let status = tokio::task::spawn_blocking(move || served.status()).await;
-    status.map(Json).map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)
+/// Listens to this user and root alone: the mode of the socket says so too, but can be changed.
+struct Guarded(UnixListener);
+
+impl axum::serve::Listener for Guarded {
+    type Io = UnixStream;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (UnixStream, SocketAddr) {
+        loop {
+            match self.0.accept().await {
+                Ok((stream, address)) => {
+                    let ours = rustix::process::geteuid().as_raw();
+                    match stream.peer_cred() {
+                        Ok(peer) if peer.uid() == ours || peer.uid() == 0 => return (stream, address),
+                        Ok(peer) => tracing::warn!(uid = peer.uid(), "another user asked, and is not answered"),
+                        Err(error) => tracing::warn!(%error, "cannot tell who asks: not answered"),
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "cannot take a connection of the control socket");
+                    tokio::time::sleep(BREATH).await;
+                }
+            }
+        }
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.0.local_addr()
+    }
 }
 
-async fn answer_unmount(
-    State(served): State<Arc<dyn Served>>,
-    Json(how): Json<Unmount>,
-) -> Result<Json<Unmounted>, StatusCode> {
-    let done = tokio::task::spawn_blocking(move || served.unmount(how)).await;
-    done.map(Json).map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)
+type Host = State<Arc<dyn Served>>;
+
+fn router(served: Arc<dyn Served>) -> Router {
+    Router::new()
+        .route("/v1/health", get(async |State(served): Host| Json(served.health())))
+        .route("/v1/status", get(status))
+        .route("/v1/mount", post(mount))
+        .route("/v1/umount", post(umount))
+        .route("/v1/wait", post(wait))
+        .method_not_allowed_fallback(unknown)
+        .fallback(unknown)
+        .with_state(served)
+}
+
+async fn status(State(served): Host) -> Response {
+    match tokio::task::spawn_blocking(move || served.status()).await {
+        Ok(status) => Json(status).into_response(),
+        Err(_) => refuse(StatusCode::INTERNAL_SERVER_ERROR, Fault::internal("cannot tell the status".to_owned())),
+    }
+}
+
+async fn mount(State(served): Host, body: Body) -> Response {
+    answer(body, |asked| served.mount(asked)).await
+}
+
+async fn umount(State(served): Host, body: Body) -> Response {
+    answer(body, |asked| {
+        let done = served.umount(asked);
+        Box::pin(async { done.await.map(|()| Done {}) })
+    })
+    .await
+}
+
+async fn wait(State(served): Host, body: Body) -> Response {
+    answer(body, |asked| served.wait(asked)).await
+}
+
+async fn answer<Q, A>(body: Body, ask: impl FnOnce(Q) -> BoxFuture<'static, Result<A, Fault>>) -> Response
+where
+    Q: serde::de::DeserializeOwned,
+    A: serde::Serialize,
+{
+    let asked = match read(body).await {
+        Ok(asked) => asked,
+        Err((status, fault)) => return refuse(status, fault),
+    };
+    match ask(asked).await {
+        Ok(answer) => Json(answer).into_response(),
+        Err(fault) => refuse(StatusCode::UNPROCESSABLE_ENTITY, fault),
+    }
+}
+
+async fn read<Q: serde::de::DeserializeOwned>(body: Body) -> Result<Q, (StatusCode, Fault)> {
+    let Ok(bytes) = to_bytes(body, BODY_LIMIT).await else {
+        let fault = Fault::usage(format!("cannot read the request: it is broken or has more than {BODY_LIMIT} bytes"));
+        return Err((StatusCode::PAYLOAD_TOO_LARGE, fault));
+    };
+    serde_json::from_slice(&bytes)
+        .map_err(|error| (StatusCode::BAD_REQUEST, Fault::usage(format!("cannot understand the request: {error}"))))
+}
+
+/// What is not in the list, most often the question of another version.
+async fn unknown(method: Method, uri: Uri) -> Response {
+    let path = uri.path();
+    let version = path.strip_prefix("/v").and_then(|rest| rest.split('/').next()).and_then(|v| v.parse::<u32>().ok());
+    let fault = match version {
+        Some(VERSION) | None => Fault::usage(format!("cannot answer {method} {path}: there is no such question")),
+        Some(other) => Fault::unsupported(format!(
+            "cannot answer {method} {path}: this process speaks version {VERSION} of the control protocol, not {other}; \
+             use a headstart of its version ({})",
+            env!("CARGO_PKG_VERSION")
+        )),
+    };
+    refuse(StatusCode::NOT_FOUND, fault)
+}
+
+fn refuse(status: StatusCode, fault: Fault) -> Response {
+    (status, Json(fault)).into_response()
 }

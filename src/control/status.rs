@@ -1,4 +1,4 @@
-//! What is said over the socket. The field names are a promise to those who read `headstart status --json`.
+//! What is told over the socket. The field names are a promise to those who read `headstart status --json`.
 
 use std::path::PathBuf;
 
@@ -27,6 +27,9 @@ pub struct LayerStatus {
     pub diff_id: Option<DiffId>,
     /// How much of it is here.
     pub state: LayerState,
+    /// Why it is in that state, if there is more to say.
+    #[serde(default)]
+    pub why: Option<String>,
     /// Number of chunks.
     pub chunks: u64,
     /// How many of them are here.
@@ -37,9 +40,9 @@ pub struct LayerStatus {
     pub bytes_present: u64,
 }
 
-/// One mount and the process that serves it.
+/// What is known of a mount even when its process is gone: its record on disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MountStatus {
+pub struct MountRecord {
     /// The image as it was asked for.
     pub image: String,
     /// The manifest that it stood for.
@@ -52,29 +55,67 @@ pub struct MountStatus {
     pub pid: u32,
     /// Directory of the writable layer on top, if there is one.
     pub upper: Option<PathBuf>,
+    /// The daemon's control socket, if the daemon serves it; else it has a process and a socket of its own.
+    #[serde(default)]
+    pub daemon: Option<PathBuf>,
+}
+
+/// One mount and how it stands.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MountStatus {
+    /// What is mounted where, and by whom.
+    #[serde(flatten)]
+    pub record: MountRecord,
+    /// Why it is presented this way, if there is more to say.
+    #[serde(default)]
+    pub driver_why: Option<String>,
     /// The layers, lowest first.
     pub layers: Vec<LayerStatus>,
-    /// Bytes this process fetched for its mount, as they came over the network.
+    /// Bytes fetched for its layers since they were opened, as they came over the network.
     pub bytes_fetched: u64,
     /// Bytes that were asked for by readers and had to be waited for, decompressed.
     pub bytes_demanded: u64,
 }
 
-/// How to end a mount.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Unmount {
-    /// Take it away even while files are open; it ends when the last one is closed.
-    pub lazy: bool,
+impl MountStatus {
+    /// Of a mount of which no more is known than its record.
+    pub const fn of_record(record: MountRecord) -> Self {
+        Self { record, driver_why: None, layers: Vec::new(), bytes_fetched: 0, bytes_demanded: 0 }
+    }
 }
 
-/// What became of it.
+/// That a process is there and what it is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Unmounted {
-    /// It is gone, and the process is about to end.
-    Done,
-    /// Files are open or a process stands in it.
-    Busy,
-    /// The kernel refused.
-    Refused(String),
+pub struct Health {
+    /// The version of the program.
+    pub version: String,
+    /// The process.
+    pub pid: u32,
+    /// The root it keeps everything in.
+    pub root: PathBuf,
+    /// False while it still brings back the mounts of a daemon before it.
+    pub ready: bool,
+}
+
+/// How a serving process stands.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DaemonStatus {
+    /// What it is.
+    #[serde(flatten)]
+    pub health: Health,
+    /// Since when it runs, in seconds.
+    pub uptime_seconds: u64,
+    /// Memory that it occupies, in bytes.
+    pub resident_bytes: u64,
+    /// FUSE connections that it serves.
+    pub connections: u64,
+}
+
+/// Everything that a process serves.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostStatus {
+    /// The process.
+    pub daemon: DaemonStatus,
+    /// Its mounts, in the order of their mount points.
+    pub mounts: Vec<MountStatus>,
 }

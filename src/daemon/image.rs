@@ -7,7 +7,7 @@
 //! Refuses to know what a layer holds and how it is shown.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use anyhow::Context as _;
 use futures::future::try_join_all;
@@ -33,6 +33,7 @@ pub struct House {
     pub store: Arc<Store>,
     runtime: Handle,
     fetch: FetchConfig,
+    fetcher: Arc<OnceLock<Fetcher>>,
 }
 
 /// An image whose documents have been read.
@@ -127,7 +128,17 @@ impl House {
             deadline: said.deadline,
             ..FetchConfig::default()
         };
-        Ok(Self { transports: transports(settings), store: Arc::new(store), runtime, fetch })
+        Ok(Self { transports: transports(settings), store: Arc::new(store), runtime, fetch, fetcher: Arc::default() })
+    }
+
+    /// The one download path. Its threads begin here, so that commands that only read documents start none.
+    fn fetcher(&self) -> anyhow::Result<&Fetcher> {
+        if let Some(fetcher) = self.fetcher.get() {
+            return Ok(fetcher);
+        }
+        let fetcher = Fetcher::new(Arc::clone(&self.store), self.runtime.clone(), self.fetch)
+            .context("cannot start the threads that fetch")?;
+        Ok(self.fetcher.get_or_init(|| fetcher))
     }
 
     /// Reads the documents of an image: from its registry, or from what was kept of it.
@@ -185,9 +196,7 @@ impl House {
     pub async fn open_image(&self, documents: Documents) -> anyhow::Result<OpenImage> {
         let plan = ImagePlan::new(&documents.manifest, &documents.config)
             .with_context(|| format!("cannot mount or read {}", documents.reference))?;
-        // Its threads begin here, so that commands that only read documents start none.
-        let fetcher = Fetcher::new(Arc::clone(&self.store), self.runtime.clone(), self.fetch)
-            .context("cannot start the threads that fetch")?;
+        let fetcher = self.fetcher()?;
         let blobs = documents.source.blobs();
         let open = plan.layers.iter().map(|layer| fetcher.open_layer(layer.into(), Arc::clone(&blobs)));
         let layers = try_join_all(open).await?;
@@ -254,11 +263,11 @@ impl Documents {
 }
 
 impl OpenImage {
-    /// The merged file system. Waits for superblocks to come; not for the reactor.
+    /// The merged file system, when the superblocks have come.
     ///
     /// # Errors
     /// A layer that is no EROFS image or whose first bytes do not come.
-    pub fn file_system(&self) -> anyhow::Result<Vfs<Lazy>> {
+    pub async fn file_system(&self) -> anyhow::Result<Vfs<Lazy>> {
         let layer = |number: &usize| {
             self.layers.get(*number).map(|layer| Lazy(Arc::clone(layer))).context("the plan names a layer there is not")
         };
@@ -270,7 +279,8 @@ impl OpenImage {
             let devices = stacked.devices.iter().map(layer).collect::<anyhow::Result<Vec<_>>>()?;
             stack.push((layer(&stacked.layer)?, devices));
         }
-        let layers = vfs::open_layers(&stack)?;
+        let open = stack.into_iter().enumerate();
+        let layers = try_join_all(open.map(|(index, (image, devices))| vfs::open_layer(index, image, devices))).await?;
         Ok(Vfs::new(layers)?)
     }
 }

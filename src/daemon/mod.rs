@@ -1,8 +1,10 @@
-//! Configuration and wiring: what the rooms below are told, and how they stand together in a process that serves a mount.
+//! Configuration and wiring: what the rooms below are told, and how they stand together in a process that serves mounts.
 
+pub mod api;
 pub mod browse;
 pub mod config;
 pub mod examine;
+pub mod host;
 pub mod image;
 pub mod mounts;
 pub mod serving;

@@ -21,27 +21,10 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
-use serde::{Deserialize, Serialize};
 
-use crate::model::{Algorithm, BlobDigest, Digest};
+use crate::control::MountRecord;
+use crate::model::{Algorithm, Digest};
 use crate::sys::{FileLock, LockMode};
-
-/// What is known of a mount even when its process is gone.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MountRecord {
-    /// The image as it was asked for.
-    pub image: String,
-    /// The manifest it stood for.
-    pub manifest: BlobDigest,
-    /// Where it is mounted.
-    pub mount_point: PathBuf,
-    /// How it is presented.
-    pub driver: String,
-    /// The serving process.
-    pub pid: u32,
-    /// Directory of the writable layer on top, if there is one.
-    pub upper: Option<PathBuf>,
-}
 
 /// Why the mounts of a root could not be looked at or changed.
 #[derive(Debug, thiserror::Error)]
@@ -224,12 +207,12 @@ impl Entry {
 
     /// The control socket of its process.
     pub fn socket(&self) -> PathBuf {
-        self.place.file(".sock")
+        self.record.daemon.clone().unwrap_or_else(|| self.place.file(".sock"))
     }
 
-    /// The log of its process.
-    pub fn log(&self) -> PathBuf {
-        self.place.file(".log")
+    /// The log of its process, if that is its own.
+    pub fn log(&self) -> Option<PathBuf> {
+        self.record.daemon.is_none().then(|| self.place.file(".log"))
     }
 
     /// A handle of its process, which no later process of the same number can be mistaken for. None if it has ended.
@@ -336,6 +319,7 @@ impl Drop for Claim {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::BlobDigest;
 
     fn record(mount_point: &str) -> MountRecord {
         MountRecord {
@@ -345,6 +329,7 @@ mod tests {
             driver: "fuse".to_owned(),
             pid: 1,
             upper: None,
+            daemon: None,
         }
     }
 

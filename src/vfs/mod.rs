@@ -30,7 +30,7 @@ pub use directory::{Item, ItemKind};
 pub use error::Error;
 pub use layer::Layer;
 pub use numbers::{Numbers, ROOT_INO};
-pub use open::{Bring, BringError, Done, OpenError, Purpose, open_layers};
+pub use open::{Bring, BringError, Done, OpenError, Purpose, open_layer, open_layers};
 
 /// What a name stands for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::sync::mpsc;
 
+use futures::channel::oneshot;
+
 use super::Layer;
 use crate::erofs::{self, Image};
 use crate::fetch::{Cause, LayerImage};
@@ -122,6 +124,36 @@ pub fn open_layers<R: Bring + Clone>(layers: &[(R, Vec<R>)]) -> Result<Vec<Layer
         }
     }
     Ok(open.into_iter().flatten().collect())
+}
+
+/// Opens one layer without holding a thread while its bytes are on the way; `index` is for messages.
+///
+/// # Errors
+/// See [`OpenError`].
+pub async fn open_layer<R: Bring + Clone>(index: usize, image: R, devices: Vec<R>) -> Result<Layer<R>, OpenError> {
+    loop {
+        let opened = match devices.is_empty() {
+            true => Image::open(image.clone()),
+            false => Image::open_with_devices(image.clone(), devices.clone()),
+        };
+        let (device, range) = match opened {
+            Ok(image) => return Ok(Layer::new(image)),
+            Err(erofs::Error::Absent { device, range }) => (device, range),
+            Err(source) => return Err(OpenError::Image { layer: index, source }),
+        };
+        let source = match device.checked_sub(1) {
+            None => &image,
+            Some(other) => devices.get(usize::from(other)).unwrap_or(&image),
+        };
+        let (answer, answered) = oneshot::channel();
+        // Nobody listens any more if the caller has given up.
+        source.bring(range, Purpose::Metadata, Box::new(move |result| drop(answer.send(result))));
+        match answered.await {
+            Ok(Ok(())) => {}
+            Ok(Err(source)) => return Err(OpenError::Bring { layer: index, range, source }),
+            Err(oneshot::Canceled) => return Err(OpenError::Forgotten { layer: index, range }),
+        }
+    }
 }
 
 type Sender = mpsc::Sender<(usize, ByteRange, Option<Result<(), BringError>>)>;

@@ -21,11 +21,11 @@ fn browser(
     platform: Option<&Platform>,
 ) -> anyhow::Result<Browser> {
     let house = House::open(&context.config, runtime.clone())?;
-    let image = runtime.block_on(async {
+    let file_system = runtime.block_on(async {
         let documents = house.documents(&absolute(image)?, platform).await?;
-        house.open_image(documents).await
+        house.open_image(documents).await?.file_system().await
     })?;
-    Ok(Browser::new(image.file_system()?))
+    Ok(Browser::new(file_system))
 }
 
 pub(crate) fn ls(context: &Context, arguments: &args::Ls) -> anyhow::Result<ExitCode> {

@@ -12,8 +12,8 @@ use crate::cli::output;
 use crate::cli::progress;
 use crate::control::LayerState;
 use crate::daemon::examine::examine;
+use crate::daemon::host::layer_state;
 use crate::daemon::image::{Documents, House, absolute};
-use crate::daemon::serving::layer_state;
 use crate::model::{BlobDigest, DiffId};
 use crate::oci::{LayerKind, PlanError};
 

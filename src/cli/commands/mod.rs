@@ -6,6 +6,8 @@ pub(crate) mod look;
 pub(crate) mod manual;
 pub(crate) mod mount;
 pub(crate) mod serve;
+pub(crate) mod status;
+pub(crate) mod umount;
 
 use std::path::PathBuf;
 

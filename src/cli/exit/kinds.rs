@@ -10,6 +10,7 @@ use crate::convert::ImageError;
 use crate::convert::layer::LayerError;
 use crate::daemon::browse::BrowseError;
 use crate::daemon::config::ConfigError;
+use crate::daemon::host::NoSuchMount;
 use crate::daemon::image::UnsupportedData;
 use crate::daemon::mounts::MountsError;
 use crate::erofs;
@@ -66,6 +67,7 @@ pub(super) fn known(error: &(dyn std::error::Error + 'static)) -> Option<Problem
         MountError => |error: &MountError| Some(of_mount(error)),
         MountsError => of_mounts,
         BrowseError => of_browse,
+        NoSuchMount => |_: &NoSuchMount| Some(Problem::NotFound),
         UnsupportedData => |_: &UnsupportedData| Some(Problem::Unsupported),
         LayoutError => of_layout,
         StoreError => of_store,
@@ -218,6 +220,8 @@ fn of_control(error: &ControlError) -> Option<Problem> {
     match error {
         ControlError::Gone { .. } | ControlError::NoAnswer { .. } => Some(Problem::Unreachable),
         ControlError::Unreachable { .. } => None,
+        ControlError::Nonsense { .. } => Some(Problem::Unsupported),
+        ControlError::Refused(fault) => Some(Problem::named(&fault.kind).unwrap_or(Problem::Internal)),
     }
 }
 

@@ -311,7 +311,7 @@ impl Config {
 mod tests {
     use super::*;
 
-    const EXAMPLE: &str = include_str!("../../docs/config.example.toml");
+    const EXAMPLE: &str = include_str!("../../../docs/config.example.toml");
 
     fn root() -> Surroundings {
         Surroundings { is_root: true, home: Some("/root".into()), ..Surroundings::default() }

@@ -1,0 +1,128 @@
+//! A host as the control socket sees it.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use futures::future::BoxFuture;
+
+use super::host::{Host, MountRequest, Mounted};
+use crate::control::{
+    DaemonStatus, Fault, Health, HostStatus, MountAsked, MountStatus, Served, UmountAsked, WaitAsked,
+};
+use crate::sys::mount::{self, Unmount};
+
+/// Tells which kind of failure an error is: a table of the floor above.
+pub type Judge = fn(&anyhow::Error) -> Fault;
+
+/// How often a mount that somebody waits for is looked at.
+const GLANCE: Duration = Duration::from_millis(50);
+
+/// A host as the control socket sees it.
+#[derive(Debug)]
+pub struct Api {
+    host: Arc<Host>,
+    judge: Judge,
+    ready: AtomicBool,
+}
+
+impl Api {
+    /// What can be asked of `host`.
+    pub const fn new(host: Arc<Host>, judge: Judge) -> Self {
+        Self { host, judge, ready: AtomicBool::new(true) }
+    }
+
+    /// Says whether the host has everything that it should have.
+    pub fn set_ready(&self, ready: bool) {
+        self.ready.store(ready, Ordering::Relaxed);
+    }
+
+    /// Does `work` and puts what goes wrong into words.
+    fn answer<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = anyhow::Result<T>> + Send + 'static,
+    ) -> BoxFuture<'static, Result<T, Fault>> {
+        let judge = self.judge;
+        Box::pin(async move { work.await.map_err(|error| judge(&error)) })
+    }
+}
+
+/// Does work that waits for the kernel where it may.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> anyhow::Result<T> + Send + 'static) -> anyhow::Result<T> {
+    tokio::task::spawn_blocking(work).await.context("the thread that works for a request broke down")?
+}
+
+impl Served for Api {
+    fn health(&self) -> Health {
+        Health {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            root: self.host.house().store.root().to_owned(),
+            ready: self.ready.load(Ordering::Relaxed),
+        }
+    }
+
+    fn status(&self) -> HostStatus {
+        let mut mounts: Vec<MountStatus> = self.host.mounts().iter().map(|mounted| mounted.status()).collect();
+        mounts.sort_by(|a, b| a.record.mount_point.cmp(&b.record.mount_point));
+        let daemon = DaemonStatus {
+            health: self.health(),
+            uptime_seconds: self.host.uptime().as_secs(),
+            resident_bytes: resident_bytes(),
+            connections: u64::try_from(mounts.len()).unwrap_or(u64::MAX),
+        };
+        HostStatus { daemon, mounts }
+    }
+
+    fn mount(&self, asked: MountAsked) -> BoxFuture<'static, Result<MountStatus, Fault>> {
+        let host = Arc::clone(&self.host);
+        self.answer(async move {
+            let MountAsked { image, mount_point, platform, upper } = asked;
+            let (image, platform) = (image.parse()?, platform.map(|platform| platform.parse()).transpose()?);
+            let (claiming, upper) = (Arc::clone(&host), upper.as_deref().map(std::path::absolute).transpose()?);
+            let (claim, mount_point) = blocking(move || {
+                let mount_point: PathBuf = mount::check_mount_point(&mount_point)?;
+                Ok((claiming.claim(&mount_point)?, mount_point))
+            })
+            .await?;
+            let mounted = host.mount(claim, MountRequest { image, platform, mount_point, upper }).await?;
+            told(mounted).await
+        })
+    }
+
+    fn umount(&self, asked: UmountAsked) -> BoxFuture<'static, Result<(), Fault>> {
+        let host = Arc::clone(&self.host);
+        self.answer(blocking(move || {
+            let how = if asked.lazy { Unmount::Lazy } else { Unmount::Strict };
+            host.unmount(&asked.mount_point, how)
+        }))
+    }
+
+    fn wait(&self, asked: WaitAsked) -> BoxFuture<'static, Result<MountStatus, Fault>> {
+        let host = Arc::clone(&self.host);
+        self.answer(async move {
+            loop {
+                let mounted = host.find(&asked.mount_point)?;
+                if mounted.is_local() {
+                    return told(mounted).await;
+                }
+                tokio::time::sleep(GLANCE).await;
+            }
+        })
+    }
+}
+
+async fn told(mounted: Arc<Mounted>) -> anyhow::Result<MountStatus> {
+    blocking(move || Ok(mounted.status())).await
+}
+
+/// Memory that this process occupies; 0 if the kernel does not tell.
+fn resident_bytes() -> u64 {
+    // `VmRSS` of `Documentation/filesystems/proc.rst`, table 1-2, in kB.
+    let text = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let words = text.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kibibytes: u64 = words.and_then(|words| words.split_whitespace().next()?.parse().ok()).unwrap_or(0);
+    kibibytes.saturating_mul(1024)
+}

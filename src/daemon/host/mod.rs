@@ -1,0 +1,261 @@
+//! A process that serves mounts: the rooms below, opened once, and any number of mounts on top of them.
+//!
+//! The daemon is a host that stays; `headstart mount` without a daemon starts one for a single mount, which ends with it.
+//!
+//! Guarantees: a mount that was announced is usable and recorded; however a mount ends (asked, unmounted by somebody else,
+//! its host told to stop) neither it nor its record is left, unless the process is killed, and then the record tells.
+//! Whoever waits for an image to open holds no thread. Nothing here looks into a mount of this process on a thread that
+//! serves one. Refuses to know how it was started and how it is asked.
+
+mod mounted;
+mod shown;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use tokio::runtime::Handle;
+use tokio::sync::watch;
+
+use super::config::Config as Settings;
+use super::image::{Documents, House};
+use super::mounts::{Claim, Mounts};
+use crate::control::MountRecord;
+use crate::oci::{Platform, Reference};
+use crate::sys::mount::{self, MountError};
+
+pub use mounted::{Mounted, layer_state};
+pub use shown::{Driver, Shown};
+
+/// What to mount where.
+#[derive(Debug, Clone)]
+pub struct MountRequest {
+    /// The image.
+    pub image: Reference,
+    /// Which of a multi-platform image; none is this machine's.
+    pub platform: Option<Platform>,
+    /// The mount point, absolute and without links: see [`mount::check_mount_point`].
+    pub mount_point: PathBuf,
+    /// Directory of a writable layer on top.
+    pub upper: Option<PathBuf>,
+}
+
+/// A mount that is not there.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot find a mount of this process on {}", .0.display())]
+pub struct NoSuchMount(pub PathBuf);
+
+/// A process that serves mounts.
+#[derive(Debug)]
+pub struct Host {
+    settings: Settings,
+    house: House,
+    records: Mounts,
+    runtime: Handle,
+    /// The control socket, if this is the daemon.
+    daemon: Option<PathBuf>,
+    since: Instant,
+    table: Mutex<Table>,
+    /// How many mounts are there or still served; tells each change.
+    count: watch::Sender<usize>,
+}
+
+/// Mounts by number, in the order in which they were made; those that were taken away and are still in use included.
+#[derive(Debug, Default)]
+struct Table {
+    next: u64,
+    mounts: BTreeMap<u64, Arc<Mounted>>,
+}
+
+impl Host {
+    /// Opens the rooms below. `daemon` is the control socket of a host that stays.
+    ///
+    /// # Errors
+    /// A root that cannot be used.
+    pub fn open(settings: &Settings, runtime: Handle, daemon: Option<PathBuf>) -> anyhow::Result<Arc<Self>> {
+        let house = House::open(settings, runtime.clone())?;
+        Ok(Arc::new(Self {
+            settings: settings.clone(),
+            house,
+            records: Mounts::open(&settings.root)?,
+            runtime,
+            daemon,
+            since: Instant::now(),
+            table: Mutex::default(),
+            count: watch::Sender::new(0),
+        }))
+    }
+
+    /// The rooms below.
+    pub const fn house(&self) -> &House {
+        &self.house
+    }
+
+    /// The configuration this was opened with.
+    pub const fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// How long this has been here.
+    pub fn uptime(&self) -> Duration {
+        self.since.elapsed()
+    }
+
+    /// Takes a mount point for a mount of this process. Waits for the disk.
+    ///
+    /// # Errors
+    /// Somebody has it, or it is no free directory.
+    pub fn claim(&self, mount_point: &Path) -> anyhow::Result<Claim> {
+        let claim = self.records.claim(mount_point)?;
+        // Nobody may have mounted anything since the caller looked.
+        mount::check_mount_point(mount_point)?;
+        Ok(claim)
+    }
+
+    /// Opens the image and mounts it on the mount point of `claim`. It is usable when this is done. Dropped before, it
+    /// leaves nothing behind.
+    ///
+    /// # Errors
+    /// Anything on the way there.
+    pub async fn mount(self: &Arc<Self>, claim: Claim, request: MountRequest) -> anyhow::Result<Arc<Mounted>> {
+        let documents = self.house.documents(&request.image, request.platform.as_ref()).await?;
+        self.mount_documents(claim, request, documents).await
+    }
+
+    async fn mount_documents(
+        self: &Arc<Self>,
+        claim: Claim,
+        request: MountRequest,
+        documents: Documents,
+    ) -> anyhow::Result<Arc<Mounted>> {
+        let image = self.house.open_image(documents).await?;
+        let file_system = image.file_system().await?;
+        let host = Arc::clone(self);
+        let mounting = self.runtime.spawn_blocking(move || {
+            let shown = shown::own_connection(file_system, &request, &claim, &host.settings)?;
+            let record = MountRecord {
+                image: request.image.to_string(),
+                manifest: image.documents.digest,
+                mount_point: request.mount_point,
+                driver: shown.driver().name.to_owned(),
+                pid: std::process::id(),
+                upper: request.upper,
+                daemon: host.daemon.clone(),
+            };
+            claim.publish(&record)?;
+            let mounted = Arc::new(Mounted::new(image, shown, record, claim));
+            host.enter(&mounted);
+            anyhow::Ok(mounted)
+        });
+        let mounted = mounting.await.context("cannot mount: the thread that does it broke down")??;
+        tracing::info!(
+            image = %mounted.record().image,
+            mount_point = %mounted.record().mount_point.display(),
+            driver = mounted.record().driver,
+            "mounted"
+        );
+        Ok(mounted)
+    }
+
+    /// Keeps `mounted` in the table until it is over.
+    fn enter(self: &Arc<Self>, mounted: &Arc<Mounted>) {
+        let number = {
+            let mut table = self.table();
+            let number = table.next;
+            table.next += 1;
+            table.mounts.insert(number, Arc::clone(mounted));
+            number
+        };
+        self.tell_count();
+        let (host, mounted) = (Arc::clone(self), Arc::clone(mounted));
+        self.runtime.spawn(async move {
+            mounted.ended().await;
+            let removing = tokio::task::spawn_blocking({
+                let host = Arc::clone(&host);
+                move || {
+                    mounted.release();
+                    host.table().mounts.remove(&number);
+                    tracing::info!(mount_point = %mounted.record().mount_point.display(), "unmounted");
+                }
+            });
+            removing.await.ok();
+            host.tell_count();
+        });
+    }
+
+    fn tell_count(&self) {
+        self.count.send_modify(|count| *count = self.table().mounts.len());
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Every mount that is there, in the order in which they were made.
+    pub fn mounts(&self) -> Vec<Arc<Mounted>> {
+        self.table().mounts.values().filter(|mounted| !mounted.is_released()).cloned().collect()
+    }
+
+    /// The mount on `mount_point`.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn find(&self, mount_point: &Path) -> Result<Arc<Mounted>, NoSuchMount> {
+        let mut mounts = self.mounts().into_iter();
+        let found = mounts.find(|mounted| mounted.record().mount_point == mount_point);
+        found.ok_or_else(|| NoSuchMount(mount_point.to_owned()))
+    }
+
+    /// Ends the mount on `mount_point`. When this is done its record is gone; with [`mount::Unmount::Lazy`] it may still
+    /// be served to those who have files open. Waits for the kernel.
+    ///
+    /// # Errors
+    /// There is none, it is in use, or the kernel refuses.
+    pub fn unmount(&self, mount_point: &Path, how: mount::Unmount) -> anyhow::Result<()> {
+        let mounted = self.find(mount_point)?;
+        mounted.take_away(how)?;
+        mounted.release();
+        Ok(())
+    }
+
+    /// Waits until nothing is served any more.
+    pub async fn empty(&self) {
+        // The sender is ours, so it is not gone.
+        self.count.subscribe().wait_for(|count| *count == 0).await.ok();
+    }
+
+    /// Ends every mount, the latest first. One that is in use is taken away all the same, and served to those who have
+    /// files open for as long as `patience`.
+    pub async fn shut_down(self: &Arc<Self>, patience: Duration) {
+        let host = Arc::clone(self);
+        let taking = self.runtime.spawn_blocking(move || {
+            let mounts = host.mounts();
+            mounts.iter().rev().for_each(|mounted| take_away_at_the_end(mounted));
+        });
+        if taking.await.is_err() {
+            tracing::error!("the thread that takes the mounts away broke down");
+        }
+        if tokio::time::timeout(patience, self.empty()).await.is_err() {
+            tracing::warn!("files are still open: whoever reads them gets errors from now on");
+        }
+    }
+}
+
+fn take_away_at_the_end(mounted: &Mounted) {
+    let mount_point = mounted.record().mount_point.display();
+    let error = match mounted.take_away(mount::Unmount::Strict) {
+        Ok(()) => return,
+        Err(MountError::InUse(_)) => {
+            tracing::warn!(%mount_point, "the mount is in use: it is taken away, and ends when the last file is closed");
+            match mounted.take_away(mount::Unmount::Lazy) {
+                Ok(()) => return,
+                Err(error) => error,
+            }
+        }
+        Err(error) => error,
+    };
+    let error: &dyn std::error::Error = &error;
+    tracing::error!(%mount_point, error, "the mount stays behind");
+}

@@ -1,0 +1,126 @@
+//! How an image is shown at a mount point.
+//!
+//! Each way is a [`Shown`]; whoever makes one has mounted it. All of it waits for the kernel and runs on threads that serve
+//! nothing.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread;
+
+use anyhow::Context as _;
+use futures::future::BoxFuture;
+use tokio::sync::watch;
+
+use super::MountRequest;
+use crate::daemon::config::Config as Settings;
+use crate::daemon::image::Lazy;
+use crate::daemon::mounts::Claim;
+use crate::fuse;
+use crate::sys::mount::{self, MountError, Unmount};
+use crate::vfs::Vfs;
+
+/// How an image is presented, and why so.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Driver {
+    /// `fuse`, `kernel` or `local`.
+    pub name: &'static str,
+    /// Why not another one, if there is more to say.
+    pub why: Option<String>,
+}
+
+/// An image that is mounted. Dropped, it is taken away as [`Unmount::Lazy`] says.
+pub trait Shown: fmt::Debug + Send + Sync {
+    /// How it is presented at this moment.
+    fn driver(&self) -> Driver;
+
+    /// Takes it away from its mount point. That somebody else did is as good. Waits for the kernel.
+    ///
+    /// # Errors
+    /// It is in use, or the kernel refuses.
+    fn take_away(&self, how: Unmount) -> Result<(), MountError>;
+
+    /// Done when it is gone from the mount point and the last file is closed, by whomever and also if that was before.
+    fn ended(&self) -> BoxFuture<'static, ()>;
+}
+
+/// An image on a FUSE connection of its own: the way that works for every user.
+struct OwnConnection {
+    server: Arc<fuse::Server>,
+    mount_point: PathBuf,
+    over: watch::Receiver<bool>,
+}
+
+impl fmt::Debug for OwnConnection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("OwnConnection").field(&self.server).finish()
+    }
+}
+
+/// Mounts a file system on a FUSE connection of its own, under a writable layer if one is asked for.
+pub(super) fn own_connection(
+    file_system: Vfs<Lazy>,
+    request: &MountRequest,
+    claim: &Claim,
+    settings: &Settings,
+) -> anyhow::Result<Box<dyn Shown>> {
+    let options = fuse::ServeOptions {
+        patience: settings.fetch.deadline,
+        ..fuse::ServeOptions::for_this_user(request.image.to_string())
+    };
+    let server = match &request.upper {
+        None => fuse::serve(file_system, &request.mount_point, &options)?,
+        Some(upper) => {
+            let lower = claim.lower()?;
+            let server = fuse::serve(file_system, &lower, &options)?;
+            mount::mount_writable(server.mount_point(), upper, &request.mount_point)?;
+            // The overlay keeps the image alive; without a mount of its own it ends with the overlay, whoever ends that.
+            server.unmount(Unmount::Lazy)?;
+            server
+        }
+    };
+    let server = Arc::new(server);
+    let (say, over) = watch::channel(false);
+    let shown = OwnConnection { server: Arc::clone(&server), mount_point: request.mount_point.clone(), over };
+    thread::Builder::new()
+        .name("session-end".into())
+        .spawn(move || {
+            server.wait();
+            say.send_replace(true);
+        })
+        .context("cannot start a thread")?;
+    Ok(Box::new(shown))
+}
+
+impl Shown for OwnConnection {
+    fn driver(&self) -> Driver {
+        Driver { name: "fuse", why: None }
+    }
+
+    fn take_away(&self, how: Unmount) -> Result<(), MountError> {
+        if self.server.is_over() {
+            return Ok(());
+        }
+        match mount::unmount(&self.mount_point, how) {
+            Err(MountError::NotMounted(_)) => Ok(()),
+            other => other,
+        }
+    }
+
+    fn ended(&self) -> BoxFuture<'static, ()> {
+        let mut over = self.over.clone();
+        Box::pin(async move {
+            // A sender that is gone without a word has ended as well.
+            over.wait_for(|over| *over).await.ok();
+        })
+    }
+}
+
+impl Drop for OwnConnection {
+    fn drop(&mut self) {
+        if let Err(error) = self.take_away(Unmount::Lazy) {
+            let error: &dyn std::error::Error = &error;
+            tracing::warn!(error, "the mount stays behind");
+        }
+    }
+}

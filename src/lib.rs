@@ -19,6 +19,7 @@
 //! | 4 | `transport` | any reference opened for reading or writing: registry, layout, archive |
 //! | 4 | `fetch` | single flight, range merging, priorities, budgets: the only download path |
 //! | 5 | `vfs` | inodes, lookups, directories, reads of a merged snapshot |
+//! | 5 | `unpack` | layers brought to local: background fills and pulls |
 //! | 5 | `convert` | pull, rebuild, push |
 //! | 6 | `fuse` | the kernel's FUSE protocol |
 //! | 6 | `serve` | a read-only distribution endpoint for experiments |
@@ -48,4 +49,5 @@ pub mod tar;
 #[cfg(feature = "testkit")]
 pub mod testkit;
 pub mod transport;
+pub mod unpack;
 pub mod vfs;

@@ -21,12 +21,34 @@ struct Jobs {
 }
 
 /// What to do first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Urgency {
     /// A chunk that was wanted for this.
     Chunk(Cause),
-    /// Verifying a layer that is complete.
+    /// Hashing a layer as a whole: before the chunks of fills, because it is serial and would else be what is left at
+    /// the end.
     Verify,
+}
+
+impl Urgency {
+    fn rank(self) -> (Cause, bool) {
+        match self {
+            Self::Verify => (Cause::Fill, false),
+            Self::Chunk(cause) => (cause, true),
+        }
+    }
+}
+
+impl PartialOrd for Urgency {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Urgency {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        self.rank().cmp(&other.rank())
+    }
 }
 
 impl Cpu {
@@ -88,7 +110,7 @@ mod tests {
         }
         drop(sender);
         gate.send(()).unwrap();
-        assert_eq!(order.iter().collect::<Vec<_>>(), ["read", "second read", "fill", "verify"]);
+        assert_eq!(order.iter().collect::<Vec<_>>(), ["read", "second read", "verify", "fill"]);
     }
 
     #[test]

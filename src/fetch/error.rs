@@ -122,6 +122,15 @@ pub enum FetchError {
         /// The time there was.
         deadline: Duration,
     },
+    /// All of the layer is here, and hashing it broke off.
+    #[error("cannot verify layer {blob}, all of which is here")]
+    Verify {
+        /// The layer's blob.
+        blob: BlobDigest,
+        /// Why.
+        #[source]
+        source: StoreError,
+    },
     /// Whoever fetched is gone: the process is shutting down.
     #[error("fetching layer {blob} was given up: the process is shutting down")]
     Abandoned {

@@ -35,6 +35,7 @@ impl LayerImage {
         };
         self.verify_again();
         chunked.filling.fetch_add(1, Ordering::Relaxed);
+        self.hash_on(chunked);
         let fill = Arc::new(Fill {
             layer: Arc::downgrade(self),
             progress: Mutex::default(),

@@ -225,7 +225,7 @@ impl<'a> Incoming<'a> {
         let stream = match opened {
             Ok(Ok(stream)) => stream,
             Ok(Err(error)) => return Err((Gone::Source(error), false)),
-            Err(_) => return Err((Gone::Silent(silent(blob, range, source.as_ref(), "no answer in time")), false)),
+            Err(_) => return Err((Gone::Silent(silent(blob, range, source, "no answer in time")), false)),
         };
         let stall = shared.config.stall_timeout;
         Ok(Self { layer, blob, stream, left: range, piece: Bytes::new(), stall, waited: Duration::ZERO })
@@ -248,7 +248,7 @@ impl<'a> Incoming<'a> {
     }
 
     async fn next_piece(&mut self) -> Result<Bytes, Gone> {
-        let gone = |what| Gone::Silent(silent(self.blob, self.left, self.layer.source.as_ref(), what));
+        let gone = |what| Gone::Silent(silent(self.blob, self.left, &self.layer.source, what));
         let begin = Instant::now();
         let next = timeout(self.stall, self.stream.next()).await;
         self.waited += begin.elapsed();

@@ -9,6 +9,7 @@ use super::cpu::Urgency;
 use super::queue::Key;
 use super::{Cause, FetchError, LayerImage};
 use crate::chunked::{Chunk, decode_chunk};
+use crate::model::BlobSource as _;
 use crate::store::StoreError;
 
 /// How often the bytes of a chunk are fetched before a read of it fails.
@@ -44,7 +45,11 @@ impl Landing {
 
     fn land(mut self) {
         let result = IMAGE_BYTES.with_borrow_mut(|out| {
-            let result = self.decode_and_keep(out);
+            let result = self.decode_and_keep(out).map(|kept| {
+                if kept {
+                    self.layer.hash_landed(self.key.chunk, out);
+                }
+            });
             if out.capacity() > KEPT_BUFFER {
                 *out = Vec::new();
             }
@@ -71,7 +76,8 @@ impl Landing {
         self.layer.check_complete();
     }
 
-    fn decode_and_keep(&self, out: &mut Vec<u8>) -> Result<(), FetchError> {
+    /// True if it was written, so that it can be read back.
+    fn decode_and_keep(&self, out: &mut Vec<u8>) -> Result<bool, FetchError> {
         let (layer, counting) = (&self.layer, &self.layer.counting);
         let (Some(chunked), Some((stored, _))) = (layer.chunked(), &self.cargo) else {
             return Err(FetchError::Abandoned { blob: layer.spec.blob });
@@ -89,8 +95,9 @@ impl Landing {
                 add(&counting.disk_full, 1);
             }
             layer.complain_about_store(&error);
+            return Ok(false);
         }
-        Ok(())
+        Ok(true)
     }
 
     fn settle(&mut self, result: &Result<(), Arc<FetchError>>) {

@@ -6,15 +6,20 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
+use tokio::sync::watch;
+
 use super::counters::{Counting, add};
+use super::origins::Origins;
 use super::queue::{Key, LayerId};
 use super::readahead::{Around, Reach, ReadAhead};
 use super::shared::Shared;
+use super::standing::Standing;
+use super::verify::Hashing;
 use super::waiter::Waiter;
 use super::whole::Whole;
 use super::{Cause, Counters, FetchError, LayerSpec};
 use crate::chunked::ChunkIndex;
-use crate::model::{BlobDigest, BlobSource, ByteRange, DiffId, ReadAt, ReadAtError};
+use crate::model::{Algorithm, BlobDigest, ByteRange, DiffId, ReadAt, ReadAtError};
 use crate::store::{BlobFile, StoreError, Verdict};
 
 /// A layer image whose bytes come when they are wanted.
@@ -25,10 +30,11 @@ pub struct LayerImage {
     pub(super) me: Weak<Self>,
     pub(super) id: LayerId,
     pub(super) spec: LayerSpec,
-    pub(super) source: Arc<dyn BlobSource>,
+    pub(super) source: Origins,
     pub(super) shared: Arc<Shared>,
     pub(super) body: Body,
     pub(super) counting: Counting,
+    pub(super) standing: watch::Sender<Standing>,
     pub(super) said_full: AtomicBool,
     pub(super) said_broken: AtomicBool,
 }
@@ -55,6 +61,8 @@ pub(super) struct Chunked {
     pub(super) verify_failed: AtomicBool,
     /// Fills that are not finished.
     pub(super) filling: AtomicU32,
+    /// How far the whole has been hashed.
+    pub(super) hashing: Hashing,
 }
 
 /// What the diffID covers behind the image: the index at the end of a raw blob (specification, section 5.2).
@@ -86,6 +94,8 @@ pub struct LayerStatus {
     pub diff_id: DiffId,
     /// How far it is.
     pub state: LayerState,
+    /// What is known of it as a whole.
+    pub standing: Standing,
     /// Number of chunks; 0 for a layer that is read from start to end.
     pub chunks: u32,
     /// How many of them are here.
@@ -101,7 +111,13 @@ pub struct LayerStatus {
 }
 
 impl Chunked {
-    pub(super) fn new(index: Arc<ChunkIndex>, tail: Tail, file: Arc<BlobFile>, read_ahead: u64) -> Self {
+    pub(super) fn new(
+        index: Arc<ChunkIndex>,
+        tail: Tail,
+        file: Arc<BlobFile>,
+        read_ahead: u64,
+        diff_id: Algorithm,
+    ) -> Self {
         let words = usize::try_from(index.len().div_ceil(64)).unwrap_or(0);
         Self {
             index,
@@ -114,6 +130,7 @@ impl Chunked {
             verifying: AtomicBool::new(false),
             verify_failed: AtomicBool::new(false),
             filling: AtomicU32::new(0),
+            hashing: Hashing::new(diff_id),
         }
     }
 
@@ -153,6 +170,24 @@ impl LayerImage {
     /// The blob it comes from.
     pub fn blob(&self) -> &BlobDigest {
         &self.spec.blob
+    }
+
+    /// What all of it has to hash to.
+    pub fn diff_id(&self) -> DiffId {
+        self.spec.diff_id
+    }
+
+    /// Size of the blob in bytes.
+    pub fn stored_size(&self) -> u64 {
+        self.spec.blob_size
+    }
+
+    /// True if nothing of it is missing.
+    pub fn is_complete(&self) -> bool {
+        match &self.body {
+            Body::Whole(whole) => whole.file().is_some(),
+            Body::Chunked(chunked) => (0..chunked.index.len()).all(|chunk| chunked.file.is_present(chunk)),
+        }
     }
 
     /// Asks for the bytes of `range` of the image; what lies behind its end is not asked for. `done` is called once:
@@ -302,6 +337,7 @@ impl LayerImage {
             blob: self.spec.blob,
             diff_id: self.spec.diff_id,
             state: self.state(),
+            standing: self.standing.borrow().clone(),
             chunks,
             present,
             bytes,
@@ -401,6 +437,9 @@ impl ReadAt for LayerImage {
 
 impl Drop for LayerImage {
     fn drop(&mut self) {
+        if let Some(chunked) = self.chunked() {
+            chunked.hashing.forget(&self.shared.hold);
+        }
         self.shared.leave(self.id, self.chunked().map_or(0, |chunked| chunked.index.len()));
     }
 }

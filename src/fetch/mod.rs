@@ -25,10 +25,13 @@ mod flight;
 mod land;
 mod layer;
 mod open;
+mod origins;
 mod queue;
 mod readahead;
 mod shared;
 mod spare;
+mod standing;
+mod table;
 mod verify;
 mod waiter;
 mod whole;
@@ -43,12 +46,14 @@ pub use cause::Cause;
 pub use counters::Counters;
 pub use error::FetchError;
 pub use layer::{LayerImage, LayerState, LayerStatus};
+pub use standing::{LocalLayer, Standing};
 
 use crate::chunked::Compression;
 use crate::model::{BlobDigest, BlobSource, DiffId};
 use crate::oci::{IndexLocation, LayerPlan};
 use crate::store::Store;
 use shared::Shared;
+use table::LayerKey;
 
 /// How the fetch path behaves.
 #[derive(Debug, Clone, Copy)]
@@ -60,8 +65,10 @@ pub struct FetchConfig {
     /// Bytes that have arrived and are not written yet. With the inflated chunk that each CPU thread holds this is what
     /// fetching takes: 16 MiB and 2 threads with chunks of 4 MiB stay well below 32 MiB.
     pub memory: u32,
-    /// Threads that verify and inflate; none takes one a core, at least 2 and at most 4: a core inflates several times
-    /// what a 1 Gbit/s link brings.
+    /// Inflated bytes that are held while a fill is under way because it is not their turn yet to be hashed; what does
+    /// not fit is read back from the page cache, which costs a fifth of the hashing.
+    pub hold: usize,
+    /// Threads that verify and inflate; none takes one a core, at least 2 and at most 32: a fill is to use all of them.
     pub cpu_threads: Option<usize>,
     /// Bytes of one request at most.
     pub range: u64,
@@ -88,6 +95,7 @@ impl Default for FetchConfig {
             connections: 8,
             background_connections: 6,
             memory: 16 << 20,
+            hold: 16 << 20,
             cpu_threads: None,
             range: 4 << 20,
             read_ahead: 8 << 20,
@@ -145,6 +153,8 @@ impl Fetcher {
     /// Opens a layer: takes its chunk index from the store, or from `source`, and its image from the store, where it
     /// is made if it is new. Nothing of the image has to be there.
     ///
+    /// A layer that is open already is given again, and `source` is one more place to get it from.
+    ///
     /// # Errors
     /// An index that does not come or is corrupt; a store that fails.
     pub async fn open_layer(
@@ -152,7 +162,15 @@ impl Fetcher {
         spec: LayerSpec,
         source: Arc<dyn BlobSource>,
     ) -> Result<Arc<LayerImage>, Arc<FetchError>> {
-        open::open_layer(&self.shared, spec, source).await.map_err(Arc::new)
+        let slot = self.shared.table.slot(LayerKey::of(&spec));
+        let mut opened = slot.lock().await;
+        if let Some(layer) = opened.upgrade() {
+            layer.source.add(source);
+            return Ok(layer);
+        }
+        let layer = open::open_layer(&self.shared, spec, source).await.map_err(Arc::new)?;
+        *opened = Arc::downgrade(&layer);
+        Ok(layer)
     }
 
     /// The store behind this.

@@ -2,18 +2,21 @@
 
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Weak};
+use std::time::SystemTime;
 
 use futures::StreamExt as _;
+use tokio::sync::watch;
 use tokio::time::timeout;
 
 use super::counters::{Counting, add};
 use super::cpu::Urgency;
 use super::layer::{Body, Chunked, Tail};
+use super::origins::Origins;
 use super::shared::Shared;
 use super::whole::Whole;
-use super::{Cause, FetchError, LayerImage, LayerSpec};
+use super::{Cause, FetchError, LayerImage, LayerSpec, Standing};
 use crate::chunked::{ChunkIndex, Compression, Framing, IndexError, IndexSection, MAX_INDEX_SIZE, decode_chunk};
-use crate::model::{BlobDigest, BlobSource, ByteRange};
+use crate::model::{BlobDigest, BlobSource, ByteRange, DiffId};
 use crate::oci::IndexLocation;
 use crate::store::{Anchor, BlobFile, BlobSpec, StoreError, Verdict};
 
@@ -47,14 +50,16 @@ pub(super) async fn open_layer(
         None => Body::Whole(opening.whole().await?),
     };
     let id = shared.new_layer_id();
+    let standing = standing_of(&body, spec.diff_id);
     let layer = Arc::new_cyclic(|me| LayerImage {
         me: Weak::clone(me),
         id,
         spec,
-        source,
+        source: Origins::new(source),
         shared: Arc::clone(shared),
         body,
         counting,
+        standing: watch::Sender::new(standing),
         said_full: AtomicBool::new(false),
         said_broken: AtomicBool::new(false),
     });
@@ -63,6 +68,26 @@ pub(super) async fn open_layer(
     }
     layer.check_complete();
     Ok(layer)
+}
+
+/// What the store knows of the layer as a whole.
+fn standing_of(body: &Body, diff_id: DiffId) -> Standing {
+    let (file, chunked) = match body {
+        Body::Chunked(chunked) => (&chunked.file, Some(chunked)),
+        Body::Whole(whole) => match whole.file() {
+            Some(file) => (file, None),
+            None => return Standing::Incomplete,
+        },
+    };
+    match file.verdict() {
+        Verdict::Verified(found) if found == diff_id && chunked.is_none_or(Chunked::is_complete) => {
+            Standing::Local { since: file.judged().unwrap_or(SystemTime::UNIX_EPOCH) }
+        }
+        Verdict::Contradicted(found) if found != diff_id => Standing::Contradicted(found),
+        Verdict::Quarantined(found) if found != diff_id => Standing::Distrusted(found),
+        _ if chunked.is_some_and(|chunked| matches!(chunked.tail, Tail::Unknown)) => Standing::Unverifiable,
+        _ => Standing::Incomplete,
+    }
 }
 
 impl Opening<'_> {
@@ -89,7 +114,8 @@ impl Opening<'_> {
         let store = Arc::clone(&self.shared.store);
         let file = self.blocking(move || store.blob(&spec, &found.payload)).await?;
         self.land_head(&index, &file, found.head).await;
-        Ok(Some(Chunked::new(index, tail, file, self.shared.config.read_ahead)))
+        let algorithm = self.spec.diff_id.0.algorithm();
+        Ok(Some(Chunked::new(index, tail, file, self.shared.config.read_ahead, algorithm)))
     }
 
     async fn whole(&self) -> Result<Whole, FetchError> {

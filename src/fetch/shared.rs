@@ -15,6 +15,8 @@ use super::cpu::Cpu;
 use super::flight::{self, FlightGuard};
 use super::queue::{Flight, Key, LayerId, Layout, Queue};
 use super::spare::Spare;
+use super::table::Table;
+use super::verify::Hold;
 use super::waiter::Waiter;
 use super::{Cause, FetchConfig, FetchError, LayerImage};
 use crate::chunked::ChunkIndex;
@@ -40,6 +42,8 @@ pub(super) struct Shared {
     pub(super) cpu: Cpu,
     pub(super) budget: Budget,
     pub(super) spare: Spare,
+    pub(super) table: Table,
+    pub(super) hold: Hold,
     state: Mutex<State>,
     next_layer: AtomicU32,
     /// How many flights somebody waits for.
@@ -114,9 +118,11 @@ impl Shared {
         let shared = Arc::new(Self {
             store,
             config,
-            cpu: Cpu::new(config.cpu_threads.unwrap_or_else(|| cores.clamp(2, 4)))?,
+            cpu: Cpu::new(config.cpu_threads.unwrap_or_else(|| cores.clamp(2, 32)))?,
             budget: Budget::new(config.memory),
             spare: Spare::new(config.spare),
+            table: Table::default(),
+            hold: Hold::new(config.hold),
             state: Mutex::new(State { queue: Queue::new(), layers: Layers::default(), running: Running::default() }),
             next_layer: AtomicU32::new(0),
             demand: watch::Sender::new(0),

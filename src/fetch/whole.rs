@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use futures::StreamExt as _;
@@ -11,9 +11,9 @@ use tokio::time::timeout;
 
 use super::counters::add;
 use super::waiter::Waiter;
-use super::{FetchError, LayerImage, LayerSpec, LayerState};
+use super::{FetchError, LayerImage, LayerSpec, LayerState, Standing};
 use crate::chunked::{Compression, SequentialError, SequentialReader};
-use crate::model::{ByteRange, Hasher};
+use crate::model::{BlobSource as _, ByteRange, Hasher};
 use crate::store::{BlobFile, StoreError, WholeWriter};
 
 /// The largest image that is unpacked: as large as one with an index can be at the usual chunk size.
@@ -143,7 +143,9 @@ async fn bring(mut promise: Promise) {
     };
     promise.result = Some(match result {
         Ok(file) => {
+            let since = file.judged().unwrap_or_else(SystemTime::now);
             whole.file.get_or_init(|| file);
+            layer.stands(Standing::Local { since });
             tracing::info!(blob = %layer.spec.blob, "the layer is complete and verified");
             Ok(())
         }

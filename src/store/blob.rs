@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
 
 use super::StoreError;
 use super::bits::{self, Bits, BootId, NOT_THERE, Rejected, THERE};
@@ -126,6 +127,16 @@ impl BlobFile {
     /// What this is.
     pub const fn spec(&self) -> &BlobSpec {
         &self.spec
+    }
+
+    /// Where the image lies. The file stays the same, and is not shortened, as long as this exists.
+    pub fn image_path(&self) -> PathBuf {
+        self.dir.join(IMAGE)
+    }
+
+    /// When what is known of the image as a whole was found out.
+    pub fn judged(&self) -> Option<SystemTime> {
+        std::fs::metadata(self.dir.join(META)).and_then(|metadata| metadata.modified()).ok()
     }
 
     /// True if `chunk` can be read.

@@ -28,6 +28,7 @@ use crate::sys::mount::MountError;
 use crate::tar::TarError;
 use crate::tar::decompress::DecompressError;
 use crate::transport::TransportError;
+use crate::unpack::UnpackError;
 use crate::vfs;
 
 /// The kind of one error of a chain, if it decides; else its causes do.
@@ -52,6 +53,7 @@ pub(super) fn known(error: &(dyn std::error::Error + 'static)) -> Option<Problem
         SequentialError => of_sequential,
         FetchError => of_fetch,
         Arc<FetchError> => |error: &Arc<FetchError>| of_fetch(error),
+        UnpackError => of_unpack,
         erofs::Error => of_erofs,
         overlay::Error<erofs::Error> => of_overlay,
         vfs::Error => of_vfs,
@@ -97,6 +99,16 @@ fn of_document(error: &DocumentError) -> Option<Problem> {
         | DocumentError::Ambiguous
         | DocumentError::LayerCount { .. } => Problem::Corrupt,
     })
+}
+
+fn of_unpack(error: &UnpackError) -> Option<Problem> {
+    match error {
+        UnpackError::Fetch { source, .. } => of_fetch(source),
+        UnpackError::Contradiction { .. } => Some(Problem::Corrupt),
+        UnpackError::Unverifiable { .. } => Some(Problem::Unsupported),
+        UnpackError::Full { .. } => Some(Problem::Local),
+        UnpackError::Abandoned { .. } => Some(Problem::Internal),
+    }
 }
 
 fn of_registry(error: &RegistryError) -> Option<Problem> {
@@ -255,7 +267,7 @@ fn of_fetch(error: &FetchError) -> Option<Problem> {
         | FetchError::BlobDigest { .. }
         | FetchError::DiffId { .. } => Some(Problem::Corrupt),
         FetchError::Unpack { source, .. } => of_sequential(source),
-        FetchError::Store { source, .. } => of_store(source),
+        FetchError::Store { source, .. } | FetchError::Verify { source, .. } => of_store(source),
         FetchError::Abandoned { .. } => Some(Problem::Internal),
     }
 }

@@ -191,6 +191,7 @@ fn a_whole_layer_that_is_not_what_its_image_says_is_not_served() {
     let error = read(&image, 0, 10).unwrap_err();
     assert!(matches!(*error, FetchError::DiffId { .. }), "{error:?}");
     assert_eq!(read(&stage.open(&right), 0, 50_000).unwrap(), right.image);
+    drop(image);
     let error = stage.try_open(&wrong).unwrap_err();
     assert!(matches!(*error, FetchError::DiffId { .. }), "{error:?}");
 }

@@ -1,0 +1,208 @@
+//! The fill of one image: a task for each of its layers.
+
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+use tokio::sync::{oneshot, watch};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, timeout};
+
+use super::UnpackError;
+use crate::fetch::{FetchError, LayerImage, Standing};
+
+/// Readers who have needed more of an image than one part of this many will need all of it, or nearly: there is no use in
+/// waiting any longer. A small program reads some hundredths of its image, `import numpy` a tenth.
+const EAGER_READERS: u64 = 5;
+
+/// How often readers are looked at before a fill begins.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// Pause after the first failure of a fill that does not give up, doubled with each further one up to the longest.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+
+/// How long nothing may be heard of a layer that is being verified before it is looked at whether its chunks are still
+/// there: a disk that fails loses them.
+const SILENCE: Duration = Duration::from_secs(5);
+
+/// What a fill does about failures.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Persistence {
+    /// The first failure of a layer is that layer's end; what can be tried again by the source has been.
+    Once,
+    /// It tries again, after ever longer pauses.
+    Forever,
+}
+
+/// How an image is filled.
+#[derive(Debug, Clone, Copy)]
+pub struct FillOptions {
+    /// Time before it begins, for a container that starts: unless its readers show that they want everything.
+    pub start_delay: Duration,
+    /// What it does about failures.
+    pub persistence: Persistence,
+}
+
+/// How far the fill of a layer is.
+#[derive(Debug, Clone)]
+pub enum Phase {
+    /// It will begin.
+    Waiting,
+    /// Chunks come, or the whole is being verified.
+    Filling,
+    /// It failed and will be tried again.
+    Pausing(UnpackError),
+    /// The layer is local.
+    Local,
+    /// It failed for good.
+    Failed(UnpackError),
+}
+
+/// The fill of an image. Dropped, it ends.
+#[derive(Debug)]
+pub struct Fill {
+    phases: Vec<watch::Receiver<Phase>>,
+    tasks: JoinSet<()>,
+}
+
+impl Fill {
+    /// Begins to fill `layers`, on `runtime`. It does not keep the layers: a layer that is dropped is given up.
+    pub fn start(runtime: &Handle, layers: &[Arc<LayerImage>], options: FillOptions) -> Self {
+        let mut tasks = JoinSet::new();
+        let together: Arc<[Weak<LayerImage>]> = layers.iter().map(Arc::downgrade).collect();
+        let phases = layers.iter().map(|layer| {
+            let (phase, watcher) = watch::channel(Phase::Waiting);
+            let task = Task { layer: Arc::downgrade(layer), phase, options };
+            tasks.spawn_on(task.run(Arc::clone(&together)), runtime);
+            watcher
+        });
+        Self { phases: phases.collect(), tasks }
+    }
+
+    /// How far the layers are, in the order they were given.
+    pub fn phases(&self) -> Vec<Phase> {
+        self.phases.iter().map(|phase| phase.borrow().clone()).collect()
+    }
+
+    /// Waits until every layer is local, or tells why the first one in order that is not will never be.
+    ///
+    /// # Errors
+    /// See [`UnpackError`].
+    pub async fn finished(&self) -> Result<(), UnpackError> {
+        let mut phases = self.phases.clone();
+        for phase in &mut phases {
+            let over = |phase: &Phase| matches!(phase, Phase::Local | Phase::Failed(_));
+            // A task that is gone has said its last word.
+            drop(phase.wait_for(over).await);
+            if let Phase::Failed(error) = &*phase.borrow() {
+                return Err(error.clone());
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends the fill: nothing more is begun.
+    pub fn stop(&mut self) {
+        self.tasks.abort_all();
+    }
+}
+
+/// The fill of one layer.
+struct Task {
+    layer: Weak<LayerImage>,
+    phase: watch::Sender<Phase>,
+    options: FillOptions,
+}
+
+impl Task {
+    async fn run(self, together: Arc<[Weak<LayerImage>]>) {
+        self.wait_for_the_start(&together).await;
+        drop(together);
+        let mut pause = FIRST_PAUSE;
+        loop {
+            let Some(layer) = self.layer.upgrade() else { return };
+            self.phase.send_replace(Phase::Filling);
+            let error = match bring(&layer).await {
+                Ok(()) => {
+                    self.phase.send_replace(Phase::Local);
+                    return;
+                }
+                Err(error) => error,
+            };
+            let hopeless = matches!(error, UnpackError::Contradiction { .. } | UnpackError::Unverifiable { .. });
+            if hopeless || self.options.persistence == Persistence::Once {
+                self.phase.send_replace(Phase::Failed(error));
+                return;
+            }
+            complain(&error, pause);
+            self.phase.send_replace(Phase::Pausing(error));
+            drop(layer);
+            sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    async fn wait_for_the_start(&self, together: &[Weak<LayerImage>]) {
+        let begin = Instant::now() + self.options.start_delay;
+        while Instant::now() < begin {
+            if self.layer.upgrade().is_none_or(|layer| layer.local().is_some()) || wants_everything(together) {
+                return;
+            }
+            sleep(LOOK.min(begin - Instant::now())).await;
+        }
+    }
+}
+
+fn complain(error: &UnpackError, pause: Duration) {
+    let error: &dyn std::error::Error = error;
+    tracing::warn!(error, ?pause, "a layer is not complete, trying again after a pause");
+}
+
+/// True if readers have needed so much of these layers that they will need the rest.
+fn wants_everything(layers: &[Weak<LayerImage>]) -> bool {
+    let (mut needed, mut all) = (0_u64, 0_u64);
+    for layer in layers.iter().filter_map(Weak::upgrade) {
+        needed = needed.saturating_add(layer.counters().needed);
+        all = all.saturating_add(layer.stored_size());
+    }
+    needed.saturating_mul(EAGER_READERS) > all
+}
+
+/// Fetches what is missing until the layer is local.
+async fn bring(layer: &Arc<LayerImage>) -> Result<(), UnpackError> {
+    let blob = *layer.blob();
+    let failed = |source: &Arc<FetchError>| UnpackError::Fetch { blob, source: Arc::clone(source) };
+    let mut standing = layer.standing();
+    loop {
+        let full_before = layer.counters().disk_full;
+        let (sender, filled) = oneshot::channel();
+        // Whoever waited may have given up.
+        layer.fill(move |result| drop(sender.send(result)));
+        match filled.await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => return Err(failed(&error)),
+            Err(_) => return Err(UnpackError::Abandoned { blob }),
+        }
+        if !layer.is_complete() && layer.counters().disk_full > full_before {
+            return Err(UnpackError::Full { blob });
+        }
+        loop {
+            match &*standing.borrow_and_update() {
+                Standing::Local { .. } => return Ok(()),
+                Standing::Contradicted(found) => {
+                    return Err(UnpackError::Contradiction { blob, expected: layer.diff_id(), found: *found });
+                }
+                Standing::Unverifiable => return Err(UnpackError::Unverifiable { blob }),
+                Standing::Failed(error) => return Err(failed(error)),
+                Standing::Incomplete | Standing::Distrusted(_) => {}
+            }
+            if timeout(SILENCE, standing.changed()).await.is_ok_and(|changed| changed.is_err()) {
+                return Err(UnpackError::Abandoned { blob });
+            }
+            if !layer.is_complete() {
+                break;
+            }
+        }
+    }
+}

@@ -31,3 +31,4 @@ pub use image::{Device, Image};
 pub use inode::{Inode, Nid};
 pub use ondisk::DataLayout;
 pub use superblock::Superblock;
+use superblock::WRITER_NAME;

@@ -14,6 +14,9 @@ const SUPPORTED: u32 = incompat::CHUNKED_FILE | incompat::DEVICE_TABLE | incompa
 const COMPRESSION: u32 =
     incompat::LZ4_0PADDING | incompat::COMPR_CFGS | incompat::ZTAILPACKING | incompat::FRAGMENTS | incompat::METABOX;
 
+/// The volume name of the images that this program writes.
+pub(crate) const WRITER_NAME: &[u8] = b"headstart";
+
 /// What an image says about itself. All values are checked against each other, not against the image's size.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Superblock {
@@ -144,6 +147,12 @@ impl Superblock {
     pub fn volume_name(&self) -> &[u8] {
         let name = &self.raw.volume_name;
         name.split(|byte| *byte == 0).next().unwrap_or(name)
+    }
+
+    /// True if the image promises that no file shows an extended attribute: our writer leaves the name filter out of such
+    /// images, and it names its images so that this can be told from writers that know no filter.
+    pub fn shows_no_xattrs(&self) -> bool {
+        self.volume_name() == WRITER_NAME && !self.has_compat(compat::XATTR_FILTER)
     }
 
     const fn is_wide(&self) -> bool {

@@ -338,7 +338,7 @@ fn equal_entries_give_equal_bytes() {
     assert_eq!(image, image_of(Upper, &entries).unwrap());
     assert_eq!(
         Digest::of(Algorithm::Sha256, &image).to_string(),
-        "sha256:6974e227b3f1ac00675cc99a1feea1a204fafb9a185c1ec2effb2a59a38eed30"
+        "sha256:5932c1c1446f7f33a6c8f8e4d50ddd45ee530155aec7440aef0bb88f47e22375"
     );
 }
 

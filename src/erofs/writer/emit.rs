@@ -8,6 +8,7 @@ use super::plan::Plan;
 use super::tree::{Body, ROOT};
 use super::xattrs::XattrSet;
 use super::{BLOCK_BITS, BLOCK_SIZE};
+use crate::erofs::WRITER_NAME;
 use crate::erofs::ondisk::{
     COMPACT_SIZE, ChunkFormat, CompactInode, DIRENT_SIZE, DataLayout, Dirent, EXTENDED_SIZE, ExtendedInode,
     INODE_SLOT_BITS, InodeFormat, RawSuperblock, SUPER_MAGIC, SUPER_OFFSET, XATTR_HEADER_SIZE, XattrHeader,
@@ -95,9 +96,14 @@ impl<'a, W: Write> Emission<'a, W> {
 
     fn superblock(&self) -> RawSuperblock {
         let plan = self.plan;
+        // See `Superblock::shows_no_xattrs`. The few marks of a layer without other attributes need no filter.
+        let filter = if plan.tree.xattrs.shows_any() { compat::XATTR_FILTER } else { 0 };
+        let mut volume_name = [0; 16];
+        volume_name[..WRITER_NAME.len()].copy_from_slice(WRITER_NAME);
         RawSuperblock {
             magic: SUPER_MAGIC,
-            feature_compat: compat::SB_CHKSUM | compat::MTIME | compat::XATTR_FILTER,
+            feature_compat: compat::SB_CHKSUM | compat::MTIME | filter,
+            volume_name,
             block_bits: BLOCK_BITS,
             root_nid_2b: u16::try_from(self.places.nids[ROOT as usize]).expect("the root is the first inode"),
             inodes: plan.order.len() as u64,

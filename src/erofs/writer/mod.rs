@@ -12,6 +12,9 @@
 //! file data        first the files of a start-up profile, then the others in the order they came; block aligned
 //! ```
 //!
+//! The volume is named `headstart`. The name filter of attributes (a compatible feature) is left out where no file shows
+//! any, which readers may take as a promise: see [`super::Superblock::shows_no_xattrs`].
+//!
 //! Guarantees: the same entries give the same bytes. The image uses no incompatible feature but `chunked_file`, and
 //! that only if a file has holes, so that Linux 5.4 and later mount it. An inode is compact (32 bytes) only where that
 //! loses nothing on any kernel. Names, ids, times, links and attributes that EROFS cannot hold are errors, never

@@ -2,6 +2,7 @@
 
 use super::error::TreeError;
 use super::intern::Interner;
+use super::{OPAQUE_NAME, OPAQUE_VALUE};
 use crate::erofs::ondisk::{XATTR_HEADER_SIZE, XattrEntry, split_xattr_name, xattr_filter_bit};
 use crate::model::{RelPath, Xattr};
 
@@ -65,6 +66,12 @@ impl XattrPool {
     pub(super) fn find(&self, name: &[u8], value: &[u8]) -> Option<u32> {
         let xattr = Xattr { name: name.into(), value: value.into() };
         self.entries.find(&encode(&RelPath::root(), &xattr).ok()?)
+    }
+
+    /// True if some inode may show an attribute: overlayfs keeps opaque marks to itself.
+    pub(super) fn shows_any(&self) -> bool {
+        let marks = usize::from(self.find(OPAQUE_NAME, OPAQUE_VALUE).is_some());
+        self.len() > marks
     }
 
     /// Numbers of the entries of `set`.

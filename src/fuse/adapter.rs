@@ -246,14 +246,14 @@ impl<R: Bring> Filesystem for Adapter<R> {
     }
 
     fn getxattr(&self, _caller: &Caller, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        if !self.connection.vfs.may_have_xattrs() {
+        if !self.connection.vfs.may_show_xattrs() {
             return self.connection.not_needed(reply);
         }
         self.connection.handle(GetXattr { ino: ino.0, name: name.as_bytes().into(), size }, reply);
     }
 
     fn listxattr(&self, caller: &Caller, ino: INodeNo, size: u32, reply: ReplyXattr) {
-        if !self.connection.vfs.may_have_xattrs() {
+        if !self.connection.vfs.may_show_xattrs() {
             return self.connection.not_needed(reply);
         }
         self.connection.handle(ListXattr { ino: ino.0, size, trusted: caller.uid() == 0 }, reply);

@@ -130,7 +130,7 @@ pub fn serve<R: Bring>(vfs: Vfs<R>, mount_point: &Path, options: &ServeOptions) 
     let mount_point = check_mount_point(mount_point)?;
     let failed = |source| ServeError::Session { mount_point: mount_point.clone(), source };
     let deadlines = Deadlines::start().map_err(failed)?;
-    let acl = options.default_permissions && vfs.may_have_xattrs();
+    let acl = options.default_permissions && vfs.may_show_xattrs();
     let connection = Arc::new(Connection { vfs, deadlines, patience: options.patience, requests: AtomicU64::new(0) });
     let device = mount_fuse(
         &mount_point,

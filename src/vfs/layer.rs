@@ -8,23 +8,17 @@ use crate::overlay::{EachEntry, LayerView, Look};
 #[derive(Debug)]
 pub struct Layer<R> {
     image: Image<R>,
-    may_have_xattrs: bool,
+    /// Opaque marks and the like, which are not shown, do not count.
+    may_show_xattrs: bool,
     size: u64,
 }
 
 impl<R: ReadAt> Layer<R> {
-    /// A layer of which nothing is known but its image.
+    /// The layer that `image` holds.
     pub fn new(image: Image<R>) -> Self {
         let devices = (0..).map_while(|device| image.source(device));
         let size = devices.fold(0_u64, |sum, device| sum.saturating_add(device.size()));
-        Self { image, may_have_xattrs: true, size }
-    }
-
-    /// The same layer with somebody's word that no file of it has an extended attribute.
-    #[must_use]
-    pub fn without_xattrs(mut self) -> Self {
-        self.may_have_xattrs = false;
-        self
+        Self { may_show_xattrs: !image.superblock().shows_no_xattrs(), image, size }
     }
 
     /// The image.
@@ -32,9 +26,9 @@ impl<R: ReadAt> Layer<R> {
         &self.image
     }
 
-    /// False promises that no file of this layer has an extended attribute.
-    pub const fn may_have_xattrs(&self) -> bool {
-        self.may_have_xattrs
+    /// False promises that no file of this layer shows an extended attribute.
+    pub const fn may_show_xattrs(&self) -> bool {
+        self.may_show_xattrs
     }
 
     /// Bytes of the image and its further devices.
@@ -52,7 +46,7 @@ impl<R: ReadAt> LayerView for Layer<R> {
 
     fn look(&self, nid: u64) -> Result<Look, Error> {
         let inode = self.image.inode(Nid(nid))?;
-        Ok(Look { attributes: *inode.attributes(), has_xattrs: self.may_have_xattrs && inode.has_xattrs() })
+        Ok(Look { attributes: *inode.attributes(), has_xattrs: inode.has_xattrs() })
     }
 
     fn lookup(&self, dir: u64, name: &[u8]) -> Result<Option<u64>, Error> {

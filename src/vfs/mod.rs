@@ -74,7 +74,7 @@ pub struct Vfs<R> {
     numbers: Numbers,
     caches: Mutex<Caches>,
     totals: Totals,
-    may_have_xattrs: bool,
+    may_show_xattrs: bool,
 }
 
 impl<R: ReadAt> Vfs<R> {
@@ -93,7 +93,7 @@ impl<R: ReadAt> Vfs<R> {
             numbers: Numbers::new(layers.len()),
             caches: Mutex::default(),
             totals,
-            may_have_xattrs: layers.iter().any(Layer::may_have_xattrs),
+            may_show_xattrs: layers.iter().any(Layer::may_show_xattrs),
             overlay,
         })
     }
@@ -108,9 +108,9 @@ impl<R: ReadAt> Vfs<R> {
         self.totals
     }
 
-    /// False promises that no file has an extended attribute.
-    pub const fn may_have_xattrs(&self) -> bool {
-        self.may_have_xattrs
+    /// False promises that no file shows an extended attribute.
+    pub const fn may_show_xattrs(&self) -> bool {
+        self.may_show_xattrs
     }
 
     /// What `name` stands for in directory `parent`. `.` and `..` are no names.
@@ -197,7 +197,7 @@ impl<R: ReadAt> Vfs<R> {
     /// # Errors
     /// See [`Error`].
     pub fn xattrs(&self, ino: u64) -> Result<Vec<Xattr>, Error> {
-        if !self.may_have_xattrs {
+        if !self.may_show_xattrs {
             return Ok(Vec::new());
         }
         Ok(self.overlay.xattrs(self.node(ino)?)?)
@@ -208,7 +208,7 @@ impl<R: ReadAt> Vfs<R> {
     /// # Errors
     /// See [`Error`].
     pub fn xattr(&self, ino: u64, name: &[u8]) -> Result<Option<Box<[u8]>>, Error> {
-        if !self.may_have_xattrs {
+        if !self.may_show_xattrs {
             return Ok(None);
         }
         Ok(self.overlay.xattr(self.node(ino)?, name)?)

@@ -21,11 +21,11 @@ use headstart::fuse::{ServeError, ServeOptions, serve};
 use headstart::model::{DeviceNumber, EntryKind};
 use headstart::sys::mount::{MountError, Unmount, check_mount_point, mount_writable, unmount};
 use headstart::testkit::images::{
-    EntryWithContent, directory, entry, file, hard_link, image_of, symlink, whiteout, xattr,
+    EntryWithContent, directory, entry, file, hard_link, image_of, opaque, symlink, whiteout, xattr,
 };
-use headstart::testkit::lazy::{LazyBytes, LazyLayer, Reaction};
+use headstart::testkit::lazy::{LazyBytes, Reaction};
 use headstart::testkit::tree::pattern;
-use headstart::vfs::{Purpose, Vfs, open_layers};
+use headstart::vfs::Purpose;
 
 use crate::mounts::{Kernel, mount, open, run};
 
@@ -255,11 +255,11 @@ fn the_kernel_asks_once() {
 
 #[test]
 fn images_without_attributes_are_not_asked_for_any() {
-    let layer = local(&[file("a", b""), file("b", b""), directory("c")]);
-    let layers = open_layers(&[(LazyLayer(layer), Vec::new())]).unwrap();
-    let layers = layers.into_iter().map(headstart::vfs::Layer::without_xattrs).collect();
+    // The mark of an opaque directory is an attribute, but not one that shows.
+    let layer = local(&[file("a", b""), file("b", b""), directory("c"), opaque("c")]);
     let target = dir();
-    let server = serve(Vfs::new(layers).unwrap(), target.path(), &ServeOptions::for_this_user("test")).unwrap();
+    let server = mount(&[local(&[file("c/hidden", b"")]), layer], target.path());
+    assert!(!target.path().join("c/hidden").exists());
     let ask = |name: &str| {
         let path = target.path().join(name);
         fs::metadata(&path).unwrap();

@@ -8,21 +8,27 @@ use super::inode::InodeRecord;
 use super::ondisk::{
     COMPACT_SIZE, DEVICE_SLOT_SIZE, DeviceSlot, EXTENDED_SIZE, INODE_SLOT_BITS, InodeFormat, incompat,
 };
+use super::recent::SourceId;
 use super::xattr::LongPrefix;
-use super::{Defect, Error, Inode, Nid, Place, Superblock, ondisk};
-use crate::model::{ByteRange, ReadAt};
+use super::{Defect, Error, Inode, Nid, Place, Superblock, ondisk, recent};
+use crate::model::{ByteRange, ReadAt, ReadAtError};
 
 /// Bytes of one device and how many they are.
 #[derive(Debug)]
 struct Source<R> {
     bytes: R,
     size: u64,
+    id: SourceId,
 }
 
 impl<R: ReadAt> Source<R> {
     fn new(bytes: R) -> Self {
         let size = bytes.size();
-        Self { bytes, size }
+        Self { bytes, size, id: SourceId::new() }
+    }
+
+    fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), ReadAtError> {
+        recent::read(self.id, &self.bytes, self.size, offset, buf)
     }
 }
 
@@ -202,14 +208,13 @@ impl<R: ReadAt> Image<R> {
 
     /// Fills `buf` from the primary device. `origin` is where the structure lies that pointed at `offset`.
     pub(crate) fn read_primary(&self, place: Place, origin: u64, offset: u64, buf: &mut [u8]) -> Result<(), Error> {
-        self.primary.bytes.read_exact_at(offset, buf).map_err(|source| Error::of_read(source, 0, place, origin))
+        self.primary.read_exact_at(offset, buf).map_err(|source| Error::of_read(source, 0, place, origin))
     }
 
     /// Fills `buf` from a device.
     pub(crate) fn read_device(&self, inode: &Inode, device: u16, offset: u64, buf: &mut [u8]) -> Result<(), Error> {
         let source = self.device_source(device).ok_or(Error::DeviceMissing { nid: inode.nid, device })?;
         source
-            .bytes
             .read_exact_at(offset, buf)
             .map_err(|source| Error::of_read(source, device, inode.place(), inode.position))
     }

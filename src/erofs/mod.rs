@@ -14,6 +14,7 @@ mod dump;
 mod error;
 mod image;
 mod inode;
+mod recent;
 mod superblock;
 mod xattr;
 

@@ -12,6 +12,7 @@
 //! | 1 | `tar` | a layer tar as a stream of entries |
 //! | 1 | `oci` | manifests, indexes, configs, references, annotations |
 //! | 2 | `overlay` | the merge of layers: whiteouts and opaque directories |
+//! | 2 | `chain` | the rules of snapshots: what may be prepared, committed, rebased, removed |
 //! | 3 | `sys` | system calls; the only unsafe code |
 //! | 3 | `registry` | the OCI distribution client |
 //! | 3 | `layout` | images on the local disk: OCI layouts and archives |
@@ -28,6 +29,7 @@
 //! | 7 | `testkit` | generators, faulty peers and judges for tests (feature `testkit`) |
 //! | 8 | `cli` | arguments, commands, exit codes |
 
+pub mod chain;
 pub mod chunked;
 pub mod cli;
 pub mod control;

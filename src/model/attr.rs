@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 /// The type of a file, with the values Linux puts into `st_mode` and `d_type`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum FileKind {
@@ -51,7 +53,7 @@ impl FileKind {
 }
 
 /// A point in time: seconds since 1970 (negative before) and nanoseconds after that second, below 1,000,000,000.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize)]
 pub struct Timestamp {
     /// Seconds since the epoch.
     pub seconds: i64,

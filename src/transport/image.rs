@@ -78,8 +78,15 @@ impl ImageSource {
         let mut images = Vec::new();
         for entry in &entries.manifests {
             let is_unknown = entry.platform.as_ref().is_some_and(|platform| platform.os == "unknown");
-            if !is_unknown {
-                images.push(self.load(&entries, entry.clone()).await?);
+            if is_unknown {
+                continue;
+            }
+            match self.load(&entries, entry.clone()).await {
+                Ok(image) => images.push(image),
+                // A signature need not say that it is no image.
+                Err(TransportError::Document { source: DocumentError::NoImage(_), .. })
+                    if entry.platform.is_none() && entries.single.is_none() => {}
+                Err(error) => return Err(error),
             }
         }
         Ok(images)

@@ -2,5 +2,6 @@
 
 mod bad_input;
 mod commands;
+mod convert;
 mod mounts;
 mod stage;

@@ -232,7 +232,7 @@ pub(super) fn noise(seed: u64, length: usize) -> Vec<u8> {
     bytes
 }
 
-fn entry(path: &str, kind: EntryKind, permissions: u16) -> LayerEntry {
+pub(super) fn entry(path: &str, kind: EntryKind, permissions: u16) -> LayerEntry {
     let metadata = Metadata {
         permissions,
         uid: 0,

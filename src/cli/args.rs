@@ -69,6 +69,8 @@ pub(crate) enum Command {
     Mount(Mount),
     #[command(alias = "unmount")]
     Umount(Umount),
+    Pull(Pull),
+    Wait(Wait),
     Inspect(Inspect),
     Check(Check),
     Ls(Ls),
@@ -135,6 +137,9 @@ pub(crate) struct Mount {
     /// Stack a writable layer on top (root only); what is written is kept in DIR/upper
     #[arg(long, value_name = "DIR")]
     pub(crate) upper: Option<PathBuf>,
+    /// Bring only what is read; do not complete the image in the background
+    #[arg(long)]
+    pub(crate) no_fill: bool,
     /// Serve from this process until it is interrupted
     #[arg(long)]
     pub(crate) foreground: bool,
@@ -161,6 +166,28 @@ pub(crate) struct Umount {
     /// Take it away even while files are open; it ends when the last one is closed
     #[arg(long, short)]
     pub(crate) lazy: bool,
+}
+
+/// Bring all of an image here, without mounting it.
+///
+/// Returns when every layer is complete, verified and safe on disk; a mount of it then needs no registry.
+#[derive(Debug, Args)]
+pub(crate) struct Pull {
+    /// The image
+    pub(crate) image: Reference,
+    /// Which image of a multi-platform one [default: this machine's]
+    #[arg(long, value_name = "PLATFORM")]
+    pub(crate) platform: Option<Platform>,
+}
+
+/// Wait until all of a mounted image is here.
+#[derive(Debug, Args)]
+pub(crate) struct Wait {
+    /// The directory it is mounted on
+    pub(crate) dir: PathBuf,
+    /// Give up after this many seconds
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) timeout: Option<u64>,
 }
 
 /// Show an image's layers: kind, chunks, sizes, ratio, and how much of each is here and verified.
@@ -280,6 +307,9 @@ mod tests {
             "mount localhost:5000/a:b /mnt --driver fuse --upper /up --foreground",
             "umount /mnt",
             "unmount --lazy /mnt",
+            "mount --no-fill oci:a /mnt",
+            "pull oci:a --platform linux/arm64",
+            "wait /mnt --timeout 5",
             "inspect oci-archive:a.tar",
             "--json check docker-archive:a.tar",
             "ls oci:a",

@@ -46,6 +46,8 @@ fn run(context: &Context, command: Command) -> anyhow::Result<ExitCode> {
         Command::Mount(arguments) => commands::mount::mount(context, &arguments),
         Command::Umount(arguments) => commands::umount::umount(context, &arguments),
         Command::Status(_) => commands::status::status(context),
+        Command::Pull(arguments) => commands::pull::pull(context, &arguments),
+        Command::Wait(arguments) => commands::pull::wait(context, &arguments),
         Command::Inspect(arguments) => commands::look::inspect(context, &arguments),
         Command::Check(arguments) => commands::look::check(context, &arguments),
         Command::Ls(arguments) => commands::files::ls(context, &arguments),

@@ -305,6 +305,7 @@ mod tests {
                     mount_point: "/m".into(),
                     platform: None,
                     upper: Some("/u".into()),
+                    no_fill: true,
                 };
                 assert_eq!(client.mount(&asked).await.unwrap(), example());
                 assert_eq!(*process.mounts.lock().unwrap(), [asked]);

@@ -18,6 +18,9 @@ pub struct MountAsked {
     /// Directory of a writable layer on top.
     #[serde(default)]
     pub upper: Option<PathBuf>,
+    /// Bring only what is read.
+    #[serde(default)]
+    pub no_fill: bool,
 }
 
 /// A mount to be ended.

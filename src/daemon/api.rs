@@ -79,7 +79,7 @@ impl Served for Api {
     fn mount(&self, asked: MountAsked) -> BoxFuture<'static, Result<MountStatus, Fault>> {
         let host = Arc::clone(&self.host);
         self.answer(async move {
-            let MountAsked { image, mount_point, platform, upper } = asked;
+            let MountAsked { image, mount_point, platform, upper, no_fill } = asked;
             let (image, platform) = (image.parse()?, platform.map(|platform| platform.parse()).transpose()?);
             let (claiming, upper) = (Arc::clone(&host), upper.as_deref().map(std::path::absolute).transpose()?);
             let (claim, mount_point) = blocking(move || {
@@ -87,7 +87,8 @@ impl Served for Api {
                 Ok((claiming.claim(&mount_point)?, mount_point))
             })
             .await?;
-            let mounted = host.mount(claim, MountRequest { image, platform, mount_point, upper }).await?;
+            let mounted =
+                host.mount(claim, MountRequest { image, platform, mount_point, upper, fill: !no_fill }).await?;
             told(mounted).await
         })
     }
@@ -107,6 +108,9 @@ impl Served for Api {
                 let mounted = host.find(&asked.mount_point)?;
                 if mounted.is_local() {
                     return told(mounted).await;
+                }
+                if let Some(never) = mounted.hopeless() {
+                    return Err(never.into());
                 }
                 tokio::time::sleep(GLANCE).await;
             }

@@ -122,7 +122,10 @@ impl House {
         let fetch = FetchConfig {
             connections,
             // Some connections stay free for those who wait, as long as there is more than one.
-            background_connections: (connections - connections / 4).clamp(1, connections.saturating_sub(1).max(1)),
+            background_connections: usize::try_from(settings.fill.connections)
+                .unwrap_or(usize::MAX)
+                .clamp(1, connections.saturating_sub(1).max(1)),
+            fill_bandwidth: settings.fill.bandwidth,
             memory: u32::try_from(said.memory).unwrap_or(u32::MAX),
             read_ahead: said.read_ahead,
             deadline: said.deadline,
@@ -201,6 +204,11 @@ impl House {
         let open = plan.layers.iter().map(|layer| fetcher.open_layer(layer.into(), Arc::clone(&blobs)));
         let layers = try_join_all(open).await?;
         Ok(OpenImage { documents, plan, layers })
+    }
+
+    /// Where asynchronous work runs.
+    pub const fn runtime(&self) -> &Handle {
+        &self.runtime
     }
 
     /// What was kept under `key`, if all of it is still there.

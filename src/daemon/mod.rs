@@ -7,4 +7,5 @@ pub mod examine;
 pub mod host;
 pub mod image;
 pub mod mounts;
+pub mod pull;
 pub mod serving;

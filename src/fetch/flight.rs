@@ -12,7 +12,7 @@ use super::counters::add;
 use super::land::Landing;
 use super::queue::{Flight, Key};
 use super::shared::Shared;
-use super::{FetchError, LayerImage};
+use super::{Cause, FetchError, LayerImage};
 use crate::model::{BlobDigest, BlobSource, ByteRange, ByteStream, SourceError};
 use crate::observe::FETCH_SPAN;
 
@@ -180,6 +180,9 @@ async fn bring(guard: &mut FlightGuard, layer: &Arc<LayerImage>) -> Result<(), T
             return Ok(());
         }
         guard.give_way().await;
+        if cause == Cause::Fill {
+            guard.shared.fill_limit.pass(chunk.blob.len()).await;
+        }
         let permit = guard.shared.budget.take(chunk.blob.len(), cause).await;
         let begin = incoming.waited;
         let stored = incoming.take(chunk.blob.len()).await.map_err(|error| match error {

@@ -24,6 +24,7 @@ mod fill;
 mod flight;
 mod land;
 mod layer;
+mod limit;
 mod open;
 mod origins;
 mod queue;
@@ -65,6 +66,8 @@ pub struct FetchConfig {
     /// Bytes that have arrived and are not written yet. With the inflated chunk that each CPU thread holds this is what
     /// fetching takes: 16 MiB and 2 threads with chunks of 4 MiB stay well below 32 MiB.
     pub memory: u32,
+    /// Stored bytes a second that fills may bring, over all layers; none is as many as come.
+    pub fill_bandwidth: Option<u64>,
     /// Inflated bytes that are held while a fill is under way because it is not their turn yet to be hashed; what does
     /// not fit is read back from the page cache, which costs a fifth of the hashing.
     pub hold: usize,
@@ -95,6 +98,7 @@ impl Default for FetchConfig {
             connections: 8,
             background_connections: 6,
             memory: 16 << 20,
+            fill_bandwidth: None,
             hold: 16 << 20,
             cpu_threads: None,
             range: 4 << 20,

@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use super::budget::Budget;
 use super::cpu::Cpu;
 use super::flight::{self, FlightGuard};
+use super::limit::Limit;
 use super::queue::{Flight, Key, LayerId, Layout, Queue};
 use super::spare::Spare;
 use super::table::Table;
@@ -44,6 +45,7 @@ pub(super) struct Shared {
     pub(super) spare: Spare,
     pub(super) table: Table,
     pub(super) hold: Hold,
+    pub(super) fill_limit: Limit,
     state: Mutex<State>,
     next_layer: AtomicU32,
     /// How many flights somebody waits for.
@@ -123,6 +125,7 @@ impl Shared {
             spare: Spare::new(config.spare),
             table: Table::default(),
             hold: Hold::new(config.hold),
+            fill_limit: Limit::new(config.fill_bandwidth),
             state: Mutex::new(State { queue: Queue::new(), layers: Layers::default(), running: Running::default() }),
             next_layer: AtomicU32::new(0),
             demand: watch::Sender::new(0),

@@ -5,6 +5,7 @@ pub(crate) mod files;
 pub(crate) mod look;
 pub(crate) mod manual;
 pub(crate) mod mount;
+pub(crate) mod pull;
 pub(crate) mod serve;
 pub(crate) mod status;
 pub(crate) mod umount;

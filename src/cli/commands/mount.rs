@@ -39,6 +39,7 @@ pub(crate) fn mount(context: &Context, arguments: &args::Mount) -> anyhow::Resul
         platform: arguments.platform.clone(),
         mount_point: kernel::check_mount_point(&arguments.dir)?,
         upper: arguments.upper.as_deref().map(std::path::absolute).transpose()?,
+        fill: !arguments.no_fill,
     };
     if arguments.serving_process {
         return serve_in_background(context, request);
@@ -69,6 +70,9 @@ fn start(context: &Context, request: &MountRequest) -> anyhow::Result<()> {
     }
     if let Some(upper) = &request.upper {
         command.arg("--upper").arg(upper);
+    }
+    if !request.fill {
+        command.arg("--no-fill");
     }
     command.arg("--").arg(request.image.to_string()).arg(&request.mount_point);
     let mut child = command

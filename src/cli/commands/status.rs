@@ -112,6 +112,9 @@ fn table(mounts: &[Seen]) -> String {
                 HumanBytes(layer.bytes_present).to_string(),
                 HumanBytes(layer.bytes)
             ));
+            if let Some(why) = &layer.why {
+                lines.push(format!("      {why}"));
+            }
         }
     }
     lines.join("\n")

@@ -63,7 +63,7 @@ fn unmount_stale(mount_point: &Path, lazy: bool, entry: Option<&Entry>) -> anyho
 }
 
 /// The absolute name of a mount point without links, found without touching what is mounted there: that may be dead.
-fn place_of(dir: &Path) -> anyhow::Result<PathBuf> {
+pub(super) fn place_of(dir: &Path) -> anyhow::Result<PathBuf> {
     let dir = std::path::absolute(dir)?;
     let (Some(above), Some(name)) = (dir.parent(), dir.file_name()) else { return Ok(dir) };
     let above = above.canonicalize().with_context(|| format!("cannot find {}", dir.display()))?;

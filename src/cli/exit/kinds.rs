@@ -10,6 +10,7 @@ use crate::convert::ImageError;
 use crate::convert::layer::LayerError;
 use crate::daemon::browse::BrowseError;
 use crate::daemon::config::ConfigError;
+use crate::daemon::host::NeverLocal;
 use crate::daemon::host::NoSuchMount;
 use crate::daemon::image::UnsupportedData;
 use crate::daemon::mounts::MountsError;
@@ -54,6 +55,7 @@ pub(super) fn known(error: &(dyn std::error::Error + 'static)) -> Option<Problem
         FetchError => of_fetch,
         Arc<FetchError> => |error: &Arc<FetchError>| of_fetch(error),
         UnpackError => of_unpack,
+        NeverLocal => of_never_local,
         erofs::Error => of_erofs,
         overlay::Error<erofs::Error> => of_overlay,
         vfs::Error => of_vfs,
@@ -99,6 +101,13 @@ fn of_document(error: &DocumentError) -> Option<Problem> {
         | DocumentError::Ambiguous
         | DocumentError::LayerCount { .. } => Problem::Corrupt,
     })
+}
+
+fn of_never_local(error: &NeverLocal) -> Option<Problem> {
+    match error {
+        NeverLocal::NotFilled(_) => Some(Problem::Unsupported),
+        NeverLocal::Failed(_, error) => of_unpack(error),
+    }
 }
 
 fn of_unpack(error: &UnpackError) -> Option<Problem> {

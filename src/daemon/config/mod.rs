@@ -196,6 +196,19 @@ pub struct FetchSettings {
     pub read_ahead: u64,
 }
 
+/// How images are filled in the background.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FillSettings {
+    /// Whether mounts are filled at all.
+    pub enabled: bool,
+    /// Time after a mount before its fill begins, unless its readers show that they want everything.
+    pub start_delay: Duration,
+    /// Stored bytes a second that fills may bring; none is as many as come.
+    pub bandwidth: Option<u64>,
+    /// Requests that may be under way at once for what nobody waits for.
+    pub connections: u32,
+}
+
 /// How the daemon behaves.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DaemonSettings {
@@ -218,6 +231,8 @@ pub struct Config {
     pub registry: RegistryConfig,
     /// How layers are fetched.
     pub fetch: FetchSettings,
+    /// How images are filled in the background.
+    pub fill: FillSettings,
     /// Longest time a fetched chunk stays unsynced: what a power cut may cost.
     pub sync_interval: Duration,
     /// How the daemon behaves.
@@ -252,7 +267,7 @@ impl Config {
     }
 
     fn mean(said: Said, path: &Path, surroundings: &Surroundings) -> Result<Self, ConfigError> {
-        let Said { root, run, log_level, registry, fetch, store, daemon } = said;
+        let Said { root, run, log_level, registry, fetch, fill, store, daemon } = said;
         let span = |said: Option<Span>, default: Duration| said.map_or(default, |Span(span)| span);
         let wrong = |key, why| ConfigError::Value { path: path.to_owned(), key, why };
         let metrics_listen = match daemon.metrics_listen.as_deref() {
@@ -284,6 +299,12 @@ impl Config {
                 deadline: span(fetch.deadline, Duration::from_secs(60)),
                 read_ahead: fetch.read_ahead.map_or(8 << 20, |Size(bytes)| bytes),
             },
+            fill: FillSettings {
+                enabled: fill.enabled.unwrap_or(true),
+                start_delay: span(fill.start_delay, Duration::from_secs(2)),
+                bandwidth: fill.bandwidth.map(|Size(bytes)| bytes).filter(|bytes| *bytes > 0),
+                connections: fill.connections.unwrap_or(6),
+            },
             sync_interval: span(store.sync_interval, Duration::from_secs(5)),
             daemon: DaemonSettings { metrics_listen, stop_timeout: span(daemon.stop_timeout, Duration::from_secs(10)) },
         };
@@ -299,6 +320,9 @@ impl Config {
         }
         if config.fetch.connections == 0 {
             return wrong("fetch.connections", "must be at least 1");
+        }
+        if config.fill.connections == 0 {
+            return wrong("fill.connections", "must be at least 1");
         }
         if config.registry.rounds == 0 {
             return wrong("registry.rounds", "must be at least 1");
@@ -339,7 +363,8 @@ mod tests {
         let config = parse(
             "root = '/r'\nrun = '/n'\nlog_level = 'debug'\n[registry]\ndocker_config = '/d'\ncerts_d = []\nconnect_timeout = '1s'\n\
              response_timeout = '2s'\nidle_timeout = '3s'\ndeadline = '4m'\nrounds = 6\n[fetch]\nmemory = '7MiB'\n\
-             connections = 8\ndeadline = '9ms'\nread_ahead = '10kB'\n[store]\nsync_interval = '11h'\n[daemon]\n\
+             connections = 8\ndeadline = '9ms'\nread_ahead = '10kB'\n[fill]\n\
+             enabled = false\nstart_delay = '13s'\nbandwidth = '14MB'\nconnections = 15\n[store]\nsync_interval = '11h'\n[daemon]\n\
              metrics_listen = '127.0.0.1:9'\nstop_timeout = '12s'\n",
         )
         .unwrap();
@@ -361,6 +386,12 @@ mod tests {
                 connections: 8,
                 deadline: Duration::from_millis(9),
                 read_ahead: 10_000,
+            },
+            fill: FillSettings {
+                enabled: false,
+                start_delay: Duration::from_secs(13),
+                bandwidth: Some(14_000_000),
+                connections: 15,
             },
             sync_interval: Duration::from_secs(11 * 3600),
             daemon: DaemonSettings {
@@ -396,6 +427,7 @@ mod tests {
             "[fetch]\nmemory = '1kB'",
             "[fetch]\nmemory = 5",
             "[fetch]\nconnections = 0",
+            "[fill]\nconnections = 0",
             "[fetch]\ndeadline = '5'",
             "[fetch]\ndeadline = '5 s'",
             "[registry]\nrounds = 0",

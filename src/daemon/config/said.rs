@@ -15,6 +15,7 @@ pub(super) const KEYS: &[(&str, &[&str])] = &[
         &["docker_config", "certs_d", "connect_timeout", "response_timeout", "idle_timeout", "deadline", "rounds"],
     ),
     ("fetch", &["memory", "connections", "deadline", "read_ahead"]),
+    ("fill", &["enabled", "start_delay", "bandwidth", "connections"]),
     ("store", &["sync_interval"]),
     ("daemon", &["metrics_listen", "stop_timeout"]),
 ];
@@ -29,6 +30,8 @@ pub(super) struct Said {
     pub(super) registry: SaidRegistry,
     #[serde(default)]
     pub(super) fetch: SaidFetch,
+    #[serde(default)]
+    pub(super) fill: SaidFill,
     #[serde(default)]
     pub(super) store: SaidStore,
     #[serde(default)]
@@ -52,6 +55,14 @@ pub(super) struct SaidFetch {
     pub(super) connections: Option<u32>,
     pub(super) deadline: Option<Span>,
     pub(super) read_ahead: Option<Size>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+pub(super) struct SaidFill {
+    pub(super) enabled: Option<bool>,
+    pub(super) start_delay: Option<Span>,
+    pub(super) bandwidth: Option<Size>,
+    pub(super) connections: Option<u32>,
 }
 
 #[derive(Debug, Default, Deserialize)]

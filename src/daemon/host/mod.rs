@@ -25,8 +25,9 @@ use super::mounts::{Claim, Mounts};
 use crate::control::MountRecord;
 use crate::oci::{Platform, Reference};
 use crate::sys::mount::{self, MountError};
+use crate::unpack::{Fill, FillOptions, Persistence};
 
-pub use mounted::{Mounted, layer_state};
+pub use mounted::{Mounted, NeverLocal, layer_state};
 pub use shown::{Driver, Shown};
 
 /// What to mount where.
@@ -40,6 +41,8 @@ pub struct MountRequest {
     pub mount_point: PathBuf,
     /// Directory of a writable layer on top.
     pub upper: Option<PathBuf>,
+    /// Bring all of it in the background, if the configuration does not say otherwise.
+    pub fill: bool,
 }
 
 /// A mount that is not there.
@@ -134,6 +137,7 @@ impl Host {
         let file_system = image.file_system().await?;
         let host = Arc::clone(self);
         let mounting = self.runtime.spawn_blocking(move || {
+            let fills = request.fill && host.settings.fill.enabled;
             let shown = shown::own_connection(file_system, &request, &claim, &host.settings)?;
             let record = MountRecord {
                 image: request.image.to_string(),
@@ -145,7 +149,8 @@ impl Host {
                 daemon: host.daemon.clone(),
             };
             claim.publish(&record)?;
-            let mounted = Arc::new(Mounted::new(image, shown, record, claim));
+            let fill = fills.then(|| Fill::start(&host.runtime, &image.layers, host.fill_options()));
+            let mounted = Arc::new(Mounted::new(image, shown, record, claim, fill));
             host.enter(&mounted);
             anyhow::Ok(mounted)
         });
@@ -157,6 +162,10 @@ impl Host {
             "mounted"
         );
         Ok(mounted)
+    }
+
+    fn fill_options(&self) -> FillOptions {
+        FillOptions { start_delay: self.settings.fill.start_delay, persistence: Persistence::Forever }
     }
 
     /// Keeps `mounted` in the table until it is over.

@@ -1,5 +1,6 @@
 //! One mount of a host: an open image, how it is shown, and its record on disk.
 
+use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
 use super::shown::Shown;
@@ -8,6 +9,7 @@ use crate::daemon::image::OpenImage;
 use crate::daemon::mounts::Claim;
 use crate::fetch;
 use crate::sys::mount::{MountError, Unmount};
+use crate::unpack::{Fill, Phase, UnpackError, why};
 
 /// One mount.
 #[derive(Debug)]
@@ -17,11 +19,19 @@ pub struct Mounted {
     record: MountRecord,
     /// None when the mount point may be used again.
     claim: Mutex<Option<Claim>>,
+    /// What completes it in the background.
+    fill: Option<Fill>,
 }
 
 impl Mounted {
-    pub(super) fn new(image: OpenImage, shown: Box<dyn Shown>, record: MountRecord, claim: Claim) -> Self {
-        Self { image, shown, record, claim: Mutex::new(Some(claim)) }
+    pub(super) fn new(
+        image: OpenImage,
+        shown: Box<dyn Shown>,
+        record: MountRecord,
+        claim: Claim,
+        fill: Option<Fill>,
+    ) -> Self {
+        Self { image, shown, record, claim: Mutex::new(Some(claim)), fill }
     }
 
     /// What is mounted where.
@@ -39,13 +49,23 @@ impl Mounted {
         let layers: Vec<fetch::LayerStatus> = self.image.layers.iter().map(|layer| layer.status()).collect();
         let sum = |of: fn(&fetch::Counters) -> u64| layers.iter().map(|layer| of(&layer.counters)).sum();
         let driver = self.shown.driver();
+        let phases = self.fill.as_ref().map(Fill::phases).unwrap_or_default();
         MountStatus {
             record: MountRecord { driver: driver.name.to_owned(), ..self.record.clone() },
             driver_why: driver.why,
             bytes_fetched: sum(|counters| counters.fetched),
             bytes_demanded: sum(|counters| counters.needed),
-            layers: layers.iter().map(told).collect(),
+            layers: layers.iter().enumerate().map(|(number, layer)| told(layer, phases.get(number))).collect(),
         }
+    }
+
+    /// Why it will not become local by itself, if so.
+    pub fn hopeless(&self) -> Option<NeverLocal> {
+        let Some(fill) = &self.fill else { return Some(NeverLocal::NotFilled(self.record.mount_point.clone())) };
+        fill.phases().into_iter().find_map(|phase| match phase {
+            Phase::Failed(error) => Some(NeverLocal::Failed(self.record.mount_point.clone(), error)),
+            _ => None,
+        })
     }
 
     /// True if all of it is here and verified.
@@ -74,13 +94,24 @@ impl Mounted {
     }
 }
 
+/// Why a mount does not become local.
+#[derive(Debug, thiserror::Error)]
+pub enum NeverLocal {
+    /// Nothing fills it.
+    #[error("{} does not become local: it was mounted without a fill", .0.display())]
+    NotFilled(PathBuf),
+    /// Its fill has ended.
+    #[error("{} does not become local", .0.display())]
+    Failed(PathBuf, #[source] UnpackError),
+}
+
 /// A layer's status as the control socket tells it.
-fn told(layer: &fetch::LayerStatus) -> LayerStatus {
+fn told(layer: &fetch::LayerStatus, phase: Option<&Phase>) -> LayerStatus {
     LayerStatus {
         digest: layer.blob,
         diff_id: Some(layer.diff_id),
         state: layer_state(layer.state),
-        why: None,
+        why: Some(why(layer, phase)),
         chunks: layer.chunks.into(),
         present: layer.present.into(),
         bytes: layer.bytes,

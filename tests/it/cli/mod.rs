@@ -4,4 +4,5 @@ mod bad_input;
 mod commands;
 mod convert;
 mod mounts;
+mod pulls;
 mod stage;

@@ -20,6 +20,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// A directory with a root in it. Everything that is mounted below goes with it.
 pub(super) struct Stage {
     dir: TempDir,
+    /// Whether mounts are filled in the background.
+    fills: bool,
 }
 
 impl Stage {
@@ -27,7 +29,14 @@ impl Stage {
         let dir = tempfile::Builder::new().prefix("headstart-cli").tempdir().unwrap();
         // Other users have to get in for their tests.
         fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-        Self { dir }
+        Self { dir, fills: false }
+    }
+
+    /// The same with mounts that are filled in the background, after a moment.
+    pub(super) fn with_fills() -> Self {
+        let mut stage = Self::new();
+        stage.fills = true;
+        stage
     }
 
     pub(super) fn path(&self, name: &str) -> PathBuf {
@@ -58,7 +67,10 @@ impl Stage {
         if !config.exists() {
             let certs = self.path("certs.d");
             let login = self.path("docker-config.json");
-            let text = format!("[registry]\ncerts_d = [{certs:?}]\ndocker_config = {login:?}\nrounds = 2\n");
+            let text = format!(
+                "[registry]\ncerts_d = [{certs:?}]\ndocker_config = {login:?}\nrounds = 2\n[fill]\nenabled = {}\n",
+                self.fills
+            );
             fs::write(&config, text).unwrap();
         }
         for name in ["HEADSTART_ROOT", "HEADSTART_CONFIG", "DOCKER_CONFIG", "XDG_DATA_HOME", "XDG_CONFIG_HOME"] {

@@ -1,0 +1,101 @@
+//! `pull`, `wait` and what mounts bring in the background.
+
+use std::fs;
+
+use super::stage::{Stage, noise, tar, wait_until};
+
+#[test]
+fn a_pulled_image_needs_no_registry() {
+    let stage = Stage::new();
+    let (one, two) = (noise(1, 5 << 20), noise(2, 3 << 20));
+    let (_, converted) = stage.images(&[tar(&[("a", &one)]), tar(&[("b", &two)])]);
+    let registry = stage.serve(&converted, &[]);
+    let image = registry.image();
+    let pulled = stage.json(&["pull", &image]);
+    let of_blobs = |r: &&super::stage::Request| r.path.contains("/blobs/") && r.method == "GET";
+    let fetched: u64 = registry.requests().iter().filter(of_blobs).map(|r| r.bytes).sum();
+    let told = pulled["bytes_fetched"].as_u64().unwrap();
+    assert!(told > 8 << 20 && told <= fetched, "{told} of {fetched}");
+    assert_eq!(pulled["layers"].as_array().unwrap().len(), 2);
+    // Again: the tag is looked up, nothing is fetched.
+    let before = registry.requests().iter().filter(of_blobs).count();
+    let again = stage.json(&["pull", &image]);
+    assert_eq!(again["bytes_fetched"], 0);
+    assert_eq!(registry.requests().iter().filter(of_blobs).count(), before);
+    drop(registry);
+
+    let mnt = stage.make("mnt");
+    stage.ok(&["mount", &image, mnt.to_str().unwrap()]);
+    stage.ok(&["wait", mnt.to_str().unwrap()]);
+    assert!(fs::read(mnt.join("a")).unwrap() == one && fs::read(mnt.join("b")).unwrap() == two);
+    for layer in stage.status()[0]["layers"].as_array().unwrap() {
+        assert_eq!((&layer["state"], &layer["why"]), (&"local".into(), &"all of it is here and verified".into()));
+    }
+    stage.ok(&["umount", mnt.to_str().unwrap()]);
+    stage.assert_clean();
+}
+
+#[test]
+fn what_cannot_be_pulled_says_why() {
+    let stage = Stage::new();
+    let (_, converted) = stage.images(&[tar(&[("a", b"a")])]);
+    let registry = stage.serve(&converted, &[]);
+    let image = registry.image();
+    assert_eq!(stage.fails(&["pull", &format!("oci:{}:no", converted.display())]).0, 3);
+    // A blob with another byte at its end, where its index is.
+    let manifest = stage.json(&["inspect", &image]);
+    let digest = manifest["layers"][0]["digest"].as_str().unwrap().trim_start_matches("sha256:").to_owned();
+    let blob = converted.join("blobs/sha256").join(digest);
+    let mut bytes = fs::read(&blob).unwrap();
+    let middle = bytes.len() / 3;
+    bytes[middle] ^= 1;
+    fs::write(&blob, bytes).unwrap();
+    let other = Stage::new();
+    let (code, words) = other.fails(&["pull", &format!("oci:{}:latest", converted.display())]);
+    assert_eq!(code, 6, "{words}");
+    other.assert_clean();
+}
+
+#[test]
+fn a_mount_becomes_local_unless_it_is_told_not_to() {
+    let stage = Stage::with_fills();
+    let large = noise(3, 12 << 20);
+    let (_, converted) = stage.images(&[tar(&[("large", &large)]), tar(&[("small", b"small")])]);
+    let registry = stage.serve(&converted, &[]);
+    let (lazy, filled) = (stage.make("lazy"), stage.make("filled"));
+    stage.ok(&["mount", "--no-fill", &registry.image(), lazy.to_str().unwrap()]);
+    let before = registry.requests().len();
+    let (code, words) = stage.fails(&["wait", lazy.to_str().unwrap()]);
+    assert!(code == 7 && words.contains("without a fill"), "{code} {words}");
+    let mounts = stage.status();
+    assert_eq!(mounts[0]["layers"][0]["why"], "lazy: it is not filled");
+    assert_eq!(registry.requests().len(), before, "nobody has read anything");
+    stage.ok(&["umount", lazy.to_str().unwrap()]);
+
+    stage.ok(&["mount", &registry.image(), filled.to_str().unwrap()]);
+    stage.ok(&["wait", filled.to_str().unwrap(), "--timeout", "60"]);
+    let status = &stage.status()[0];
+    assert!(status["layers"].as_array().unwrap().iter().all(|layer| layer["state"] == "local"), "{status}");
+    drop(registry);
+    assert!(fs::read(filled.join("large")).unwrap() == large);
+    stage.ok(&["umount", filled.to_str().unwrap()]);
+    stage.assert_clean();
+}
+
+#[test]
+fn waiting_has_an_end() {
+    let stage = Stage::with_fills();
+    let large = noise(4, 12 << 20);
+    let (_, converted) = stage.images(&[tar(&[("large", &large)])]);
+    let registry = stage.serve(&converted, &["--bandwidth", "1Mbit"]);
+    let mnt = stage.make("mnt");
+    stage.ok(&["mount", &registry.image(), mnt.to_str().unwrap()]);
+    let (code, words) = stage.fails(&["wait", mnt.to_str().unwrap(), "--timeout", "1"]);
+    assert!(code == 5 && words.contains("not local yet"), "{code} {words}");
+    wait_until("the start of the fill", || stage.status()[0]["layers"][0]["state"] == "filling");
+    let why = stage.status()[0]["layers"][0]["why"].as_str().unwrap().to_owned();
+    assert!(why.starts_with("filling: ") && why.ends_with(" MiB"), "{why}");
+    stage.ok(&["umount", mnt.to_str().unwrap()]);
+    assert_eq!(stage.fails(&["wait", mnt.to_str().unwrap()]).0, 3);
+    stage.assert_clean();
+}

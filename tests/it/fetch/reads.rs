@@ -220,9 +220,9 @@ fn connections_are_bounded_and_some_are_kept_for_those_who_wait() {
     }
     let order: Vec<u64> = stage.source.asked().iter().map(|asked| asked.range.start()).collect();
     let reads: BTreeSet<u64> = (0..5).map(|i| layer.chunks[i * 4 + 2].start()).collect();
-    // Connections that become free at the same time may ask in either order.
-    let first: BTreeSet<u64> = order[2..7].iter().copied().collect();
-    assert_eq!(first, reads, "the background was served before those who wait");
+    // Those whose turn has come ask in any order: the other two connections may be faster than the last read's.
+    let first: BTreeSet<u64> = order[2..9].iter().copied().collect();
+    assert!(first.is_superset(&reads), "the background was served before those who wait: {order:?}");
     assert_eq!(stage.source.most_open(), 3);
     assert_eq!(stage.source.overlaps(), []);
 }

@@ -8,7 +8,6 @@ use std::os::unix::ffi::OsStrExt;
 use std::panic::{self, AssertUnwindSafe};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use fuser::{
@@ -18,13 +17,13 @@ use fuser::{
     Request as Caller, TimeOrNow, WriteFlags,
 };
 
+use super::counters::{Counting, Kind};
 use super::errno::Failure;
 use super::requests::{
     GetAttr, GetXattr, ListXattr, Lookup, Lseek, Read, ReadDir, ReadDirPlus, ReadLink, Refuse, Request,
 };
 use super::tickets::{Deadlines, Ticket, Verdict};
-use crate::model::ByteRange;
-use crate::vfs::{self, Bring, Vfs};
+use crate::vfs::{self, FileSystem, Missing};
 
 /// How often one request may meet absent bytes. A read of 1 MiB touches 256 blocks and as many entries of a chunk
 /// table; a listing of 32 KiB some 200 inodes.
@@ -38,12 +37,11 @@ const MAX_TRANSFER: u32 = 1 << 20;
 const MAX_BACKGROUND: u16 = 4096;
 
 /// What all threads of a connection share.
-pub(super) struct Connection<R> {
-    pub(super) vfs: Vfs<R>,
+pub(super) struct Connection<F> {
+    pub(super) fs: F,
     pub(super) deadlines: Deadlines,
     pub(super) patience: Duration,
-    /// Requests so far.
-    pub(super) requests: AtomicU64,
+    pub(super) counting: Counting,
 }
 
 /// A request on its way to an answer.
@@ -55,24 +53,16 @@ struct Parcel<Q: Request> {
     since: Option<Instant>,
 }
 
-/// Bytes that a request lacks.
-#[derive(Clone, Copy)]
-struct Missing {
-    layer: u16,
-    device: u16,
-    range: ByteRange,
-}
-
-impl<R: Bring> Connection<R> {
+impl<F: FileSystem> Connection<F> {
     /// Answers `request`, now if its bytes are local, else when they have arrived. Never waits.
     fn handle<Q: Request>(self: &Arc<Self>, request: Q, reply: Q::Reply) {
-        self.requests.fetch_add(1, Ordering::Relaxed);
+        self.counting.count(Q::KIND);
         self.go_on(Parcel { request, reply, rounds: 0, since: None });
     }
 
-    /// Tells the kernel never to ask this again.
-    fn not_needed(&self, reply: impl Refuse) {
-        self.requests.fetch_add(1, Ordering::Relaxed);
+    /// Tells the kernel never to ask for extended attributes again.
+    fn no_xattrs(&self, reply: impl Refuse) {
+        self.counting.count(Kind::Xattr);
         reply.refuse(Failure::NotNeeded.errno());
     }
 
@@ -88,12 +78,12 @@ impl<R: Bring> Connection<R> {
     fn rounds<Q: Request>(self: &Arc<Self>, mut parcel: Parcel<Q>) {
         loop {
             let Parcel { request, reply, rounds, since } = parcel;
-            let (reply, missing) = match request.attempt(&self.vfs, reply) {
+            let (reply, missing) = match request.attempt(&self.fs, reply) {
                 Ok(()) => return,
                 Err((reply, Failure::Vfs(vfs::Error::Absent { layer, device, range }))) => {
                     (reply, Missing { layer, device, range })
                 }
-                Err((reply, failure)) => return refuse::<Q>(&request, reply, &failure),
+                Err((reply, failure)) => return self.refuse::<Q>(&request, reply, &failure),
             };
             let since = since.unwrap_or_else(Instant::now);
             let waiting = Parcel { request, reply, rounds: rounds + 1, since: Some(since) };
@@ -104,13 +94,14 @@ impl<R: Bring> Connection<R> {
 
     /// Asks for what a request lacks and lets it wait in a ticket. Gives it back if it can go on at once.
     fn ask<Q: Request>(self: &Arc<Self>, parcel: Parcel<Q>, missing: Missing, deadline: Instant) -> Option<Parcel<Q>> {
-        let Missing { layer, device, range } = missing;
-        let Some(source) = self.vfs.source(layer, device).filter(|_| parcel.rounds < MAX_ROUNDS) else {
-            refuse::<Q>(&parcel.request, parcel.reply, &Failure::StillAbsent { layer, range });
+        if parcel.rounds >= MAX_ROUNDS {
+            let Missing { layer, range, .. } = missing;
+            self.refuse::<Q>(&parcel.request, parcel.reply, &Failure::StillAbsent { layer, range });
             return None;
-        };
+        }
         let (ticket, redeemer) = Ticket::new();
-        source.bring(range, Q::PURPOSE, Box::new(move |result| redeemer.redeem(result)));
+        let done = Box::new(move |result| redeemer.redeem(result));
+        self.fs.bring(parcel.request.ino(), missing, Q::PURPOSE, done);
         let watch = self.deadlines.watch(&ticket, deadline);
         let early = ticket.park((parcel, watch), |(parcel, watch)| {
             let connection = Arc::clone(self);
@@ -135,23 +126,25 @@ impl<R: Bring> Connection<R> {
             Verdict::Closed => Failure::Closed { layer, range },
             Verdict::Expired => Failure::Deadline { layer, range, seconds: self.patience.as_secs() },
         };
-        refuse::<Q>(&parcel.request, parcel.reply, &failure);
+        self.refuse::<Q>(&parcel.request, parcel.reply, &failure);
         None
     }
-}
 
-/// Answers with an errno, and tells the operator if something is broken.
-fn refuse<Q: Request>(request: &Q, reply: Q::Reply, failure: &Failure) {
-    if failure.is_fault() {
-        let error: &dyn std::error::Error = failure;
-        tracing::warn!(op = Q::NAME, ino = request.ino(), error, "a request is answered with an I/O error");
+    /// Answers with an errno, and tells the operator if something is broken.
+    fn refuse<Q: Request>(&self, request: &Q, reply: Q::Reply, failure: &Failure) {
+        if failure.is_fault() {
+            let error: &dyn std::error::Error = failure;
+            let ino = request.ino();
+            let of = failure.layer().and_then(|layer| self.fs.describe(ino, layer));
+            tracing::warn!(op = Q::NAME, ino, of, error, "a request is answered with an I/O error");
+        }
+        reply.refuse(failure.errno());
     }
-    reply.refuse(failure.errno());
 }
 
 /// The face towards the kernel.
-pub(super) struct Adapter<R> {
-    pub(super) connection: Arc<Connection<R>>,
+pub(super) struct Adapter<F> {
+    pub(super) connection: Arc<Connection<F>>,
     /// Negotiate that the kernel enforces POSIX ACLs.
     pub(super) acl: bool,
     /// The kernel takes "not needed" for an answer to `open` and `opendir`.
@@ -165,7 +158,7 @@ pub(super) struct Stateless {
     directories: bool,
 }
 
-impl<R> Adapter<R> {
+impl<F> Adapter<F> {
     fn negotiate(&mut self, config: &mut KernelConfig) {
         let offered = config.capabilities();
         let mut wanted = InitFlags::FUSE_PARALLEL_DIROPS
@@ -188,10 +181,14 @@ impl<R> Adapter<R> {
     }
 }
 
-impl<R: Bring> Filesystem for Adapter<R> {
+impl<F: FileSystem> Filesystem for Adapter<F> {
     fn init(&mut self, _caller: &Caller, config: &mut KernelConfig) -> io::Result<()> {
         self.negotiate(config);
         Ok(())
+    }
+
+    fn forget(&self, _caller: &Caller, ino: INodeNo, count: u64) {
+        self.connection.fs.forget(ino.0, count);
     }
 
     fn lookup(&self, _caller: &Caller, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
@@ -246,15 +243,15 @@ impl<R: Bring> Filesystem for Adapter<R> {
     }
 
     fn getxattr(&self, _caller: &Caller, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        if !self.connection.vfs.may_show_xattrs() {
-            return self.connection.not_needed(reply);
+        if !self.connection.fs.may_show_xattrs() {
+            return self.connection.no_xattrs(reply);
         }
         self.connection.handle(GetXattr { ino: ino.0, name: name.as_bytes().into(), size }, reply);
     }
 
     fn listxattr(&self, caller: &Caller, ino: INodeNo, size: u32, reply: ReplyXattr) {
-        if !self.connection.vfs.may_show_xattrs() {
-            return self.connection.not_needed(reply);
+        if !self.connection.fs.may_show_xattrs() {
+            return self.connection.no_xattrs(reply);
         }
         self.connection.handle(ListXattr { ino: ino.0, size, trusted: caller.uid() == 0 }, reply);
     }
@@ -263,9 +260,10 @@ impl<R: Bring> Filesystem for Adapter<R> {
         self.connection.handle(Lseek { ino: ino.0, offset, whence }, reply);
     }
 
-    fn statfs(&self, _caller: &Caller, _ino: INodeNo, reply: ReplyStatfs) {
+    fn statfs(&self, _caller: &Caller, ino: INodeNo, reply: ReplyStatfs) {
         const BLOCK: u32 = 4096;
-        let totals = self.connection.vfs.totals();
+        self.connection.counting.count(Kind::Totals);
+        let totals = self.connection.fs.totals(ino.0);
         reply.statfs(totals.bytes.div_ceil(BLOCK.into()), 0, 0, totals.files, 0, BLOCK, 255, BLOCK);
     }
 

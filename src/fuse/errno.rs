@@ -96,6 +96,19 @@ impl Failure {
         }
     }
 
+    /// The index of the layer that it is about, if it is about one.
+    pub(super) const fn layer(&self) -> Option<u16> {
+        match self {
+            Self::Bring { layer, .. }
+            | Self::Deadline { layer, .. }
+            | Self::Forgotten { layer, .. }
+            | Self::Closed { layer, .. }
+            | Self::StillAbsent { layer, .. }
+            | Self::Vfs(vfs::Error::Absent { layer, .. } | vfs::Error::Layer { layer, .. }) => Some(*layer),
+            _ => None,
+        }
+    }
+
     /// True if an operator wants to know: something is broken that should not be.
     pub fn is_fault(&self) -> bool {
         self.errno() == Errno::EIO
@@ -104,12 +117,16 @@ impl Failure {
 
 fn of_vfs(error: &vfs::Error) -> Errno {
     match error {
-        vfs::Error::Absent { .. } | vfs::Error::LayerCount(_) | vfs::Error::NumberTooLarge { .. } => Errno::EIO,
+        vfs::Error::Absent { .. }
+        | vfs::Error::Image { .. }
+        | vfs::Error::LayerCount(_)
+        | vfs::Error::NumberTooLarge { .. } => Errno::EIO,
         vfs::Error::Layer { layer: _, source } => of_erofs(source),
         vfs::Error::Refused(refused) => of_overlay(refused),
         vfs::Error::NoSuchInode(_) => Errno::ESTALE,
         vfs::Error::IsADirectory(_) => Errno::EISDIR,
-        vfs::Error::NotRegular(_) => Errno::EINVAL,
+        vfs::Error::NotADirectory(_) => Errno::ENOTDIR,
+        vfs::Error::NotRegular(_) | vfs::Error::NotALink(_) => Errno::EINVAL,
     }
 }
 
@@ -152,6 +169,8 @@ mod tests {
         let of_overlay = |error| Failure::Vfs(vfs::Error::Refused(Box::new(error)));
         let wrong = |wanted| erofs::Error::WrongKind { nid: Nid(1), wanted, found: FileKind::Fifo };
         let gone: vfs::BringError = std::sync::Arc::new(std::io::Error::other("gone"));
+        let diff_id = crate::model::DiffId(crate::model::Digest::of(crate::model::Algorithm::Sha256, b""));
+        let out_of_bounds = crate::model::ReadAtError::OutOfBounds { range, size: 0 };
         let table = [
             (Failure::Vfs(vfs::Error::Absent { layer: 0, device: 0, range }), Errno::EIO),
             (Failure::Vfs(vfs::Error::LayerCount(0)), Errno::EIO),
@@ -159,6 +178,9 @@ mod tests {
             (Failure::Vfs(vfs::Error::NoSuchInode(0)), Errno::ESTALE),
             (Failure::Vfs(vfs::Error::IsADirectory(1)), Errno::EISDIR),
             (Failure::Vfs(vfs::Error::NotRegular(1)), Errno::EINVAL),
+            (Failure::Vfs(vfs::Error::NotALink(1)), Errno::EINVAL),
+            (Failure::Vfs(vfs::Error::NotADirectory(1)), Errno::ENOTDIR),
+            (Failure::Vfs(vfs::Error::Image { diff_id, source: out_of_bounds }), Errno::EIO),
             (of_erofs(wrong("directory")), Errno::ENOTDIR),
             (of_erofs(wrong("symbolic link")), Errno::EINVAL),
             (of_erofs(erofs::Error::Compressed { nid: Nid(1) }), Errno::EOPNOTSUPP),

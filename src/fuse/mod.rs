@@ -1,36 +1,41 @@
 //! The kernel's FUSE protocol, translated.
 //!
-//! [`serve`] mounts a [`Vfs`] and answers the kernel until it is unmounted, by whomever. The threads that read requests
+//! [`serve`] mounts a [`FileSystem`] and answers the kernel until it is unmounted, by whomever. The threads that read requests
 //! never wait for bytes: what is local is answered at once, everything else leaves its reply in a ticket and is
 //! answered by whoever brings the bytes, or refused with EIO after a deadline. So listing a directory never queues
 //! behind a download, and no number of waiting reads uses up the threads.
 //!
 //! The kernel is told to believe everything for ever (names, also those that do not exist; attributes; pages;
-//! listings; link targets), because nothing in an image changes.
+//! listings; link targets), because nothing in an image changes. Of what does change, names of snapshots and layers, it
+//! is told ([`KernelCache`](crate::vfs::KernelCache)).
 //!
-//! It refuses to know where bytes come from ([`Bring`]).
+//! It refuses to know where bytes come from ([`Bring`](crate::vfs::Bring)).
 
 mod adapter;
 mod attr;
+mod counters;
 mod errno;
+mod invalidate;
 mod requests;
 mod tickets;
 
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::sys::fuse::{FuseMountOptions, mount_fuse, set_read_ahead};
-use crate::sys::mount::{MountError, Unmount, check_mount_point, unmount};
-use crate::vfs::{Bring, Vfs};
+use crate::sys::mount::{MountError, Unmount, check_mount_point, drop_unused, unmount};
+use crate::vfs::FileSystem;
 
 use adapter::{Adapter, Connection};
+use counters::Counting;
+use invalidate::Invalidations;
 use tickets::Deadlines;
 
+pub use counters::Counters;
 pub use errno::Failure;
 
 /// How far the kernel reads ahead, in KiB, if root says so: the largest read there is. With the default of 128, reading
@@ -93,22 +98,23 @@ pub struct Server {
     mount_point: PathBuf,
     end: Arc<End>,
     connection: Arc<dyn Steer>,
+    invalidations: Option<Arc<Invalidations>>,
 }
 
 /// What can be asked of a connection without knowing where its bytes come from.
 trait Steer: Send + Sync {
     fn waiting(&self) -> usize;
-    fn requests(&self) -> u64;
+    fn counters(&self) -> Counters;
     fn close(&self);
 }
 
-impl<R: Bring> Steer for Connection<R> {
+impl<F: FileSystem> Steer for Connection<F> {
     fn waiting(&self) -> usize {
         self.deadlines.waiting()
     }
 
-    fn requests(&self) -> u64 {
-        self.requests.load(Ordering::Relaxed)
+    fn counters(&self) -> Counters {
+        self.counting.snapshot()
     }
 
     fn close(&self) {
@@ -122,16 +128,17 @@ impl fmt::Debug for Server {
     }
 }
 
-/// Mounts `vfs` on the directory `mount_point` and serves it. The mount is usable when this returns.
+/// Mounts `fs` on the directory `mount_point` and serves it. The mount is usable when this returns.
 ///
 /// # Errors
 /// See [`ServeError`]; nothing is mounted then.
-pub fn serve<R: Bring>(vfs: Vfs<R>, mount_point: &Path, options: &ServeOptions) -> Result<Server, ServeError> {
+pub fn serve<F: FileSystem>(fs: F, mount_point: &Path, options: &ServeOptions) -> Result<Server, ServeError> {
     let mount_point = check_mount_point(mount_point)?;
     let failed = |source| ServeError::Session { mount_point: mount_point.clone(), source };
     let deadlines = Deadlines::start().map_err(failed)?;
-    let acl = options.default_permissions && vfs.may_show_xattrs();
-    let connection = Arc::new(Connection { vfs, deadlines, patience: options.patience, requests: AtomicU64::new(0) });
+    let acl = options.default_permissions && fs.may_show_xattrs();
+    let counting = Counting::default();
+    let connection = Arc::new(Connection { fs, deadlines, patience: options.patience, counting });
     let device = mount_fuse(
         &mount_point,
         &FuseMountOptions {
@@ -142,17 +149,22 @@ pub fn serve<R: Bring>(vfs: Vfs<R>, mount_point: &Path, options: &ServeOptions) 
     )?;
     let end = Arc::new(End::default());
     let steer = Arc::clone(&connection);
+    let served = Arc::clone(&connection);
     // From here on dropping it unmounts.
-    let server = Server { mount_point: mount_point.clone(), end: Arc::clone(&end), connection: steer };
+    let mut server =
+        Server { mount_point: mount_point.clone(), end: Arc::clone(&end), connection: steer, invalidations: None };
     let mut config = fuser::Config::default();
     config.n_threads = Some(options.threads.max(1));
     let adapter = Adapter { connection, acl, stateless: adapter::Stateless::default() };
     // The kernel checks who may use the mount; a second check here would only repeat it.
     let session = fuser::Session::from_fd(adapter, device, fuser::SessionACL::All, config).map_err(failed)?;
+    let invalidations = Invalidations::start(session.notifier()).map_err(failed)?;
+    server.invalidations = Some(Arc::clone(&invalidations));
+    served.fs.connect(Arc::<Invalidations>::clone(&invalidations));
     thread::Builder::new()
         .name("fuse-session".into())
         .spawn(move || {
-            let _said = Said(&end);
+            let _said = Said { end: &end, invalidations: &invalidations };
             if let Err(error) = session.run() {
                 let error: &dyn std::error::Error = &error;
                 tracing::warn!(error, "the FUSE session ended with an error");
@@ -179,9 +191,19 @@ impl Server {
         self.connection.waiting()
     }
 
-    /// How many requests the kernel has made, except opens and what writes.
+    /// How many requests the kernel has made, except opens, `statfs` and what writes.
     pub fn requests(&self) -> u64 {
-        self.connection.requests()
+        self.counters().about_files()
+    }
+
+    /// The same by what they asked for.
+    pub fn counters(&self) -> Counters {
+        self.connection.counters()
+    }
+
+    /// Waits until the kernel believes nothing any more that has changed, at most for `patience`; false if it does then.
+    pub fn settle(&self, patience: Duration) -> bool {
+        self.invalidations.as_ref().is_none_or(|invalidations| invalidations.settle(patience))
     }
 
     /// True if nothing is served any more, because somebody unmounted it.
@@ -211,6 +233,16 @@ impl Server {
         true
     }
 
+    /// Lets the kernel drop every name and file of the mount that nobody uses at the moment, and with them the references
+    /// that keep what was removed. What it drops it asks for again, pages included, so this is for those who need
+    /// something back. Blocks; not for a thread that serves.
+    ///
+    /// # Errors
+    /// See [`MountError`].
+    pub fn drop_unused(&self) -> Result<(), MountError> {
+        drop_unused(&self.mount_point)
+    }
+
     /// Unmounts. After [`Unmount::Strict`] succeeded the session ends at once: see [`Server::wait`].
     ///
     /// # Errors
@@ -233,6 +265,9 @@ impl Drop for Server {
             tracing::warn!(error, "the mount stays behind");
         }
         self.connection.close();
+        if let Some(invalidations) = &self.invalidations {
+            invalidations.close();
+        }
     }
 }
 
@@ -250,11 +285,15 @@ impl End {
 }
 
 /// Says that the session is over when it is dropped, by whatever way.
-struct Said<'a>(&'a End);
+struct Said<'a> {
+    end: &'a End,
+    invalidations: &'a Invalidations,
+}
 
 impl Drop for Said<'_> {
     fn drop(&mut self) {
-        *self.0.over() = true;
-        self.0.changed.notify_all();
+        self.invalidations.close();
+        *self.end.over() = true;
+        self.end.changed.notify_all();
     }
 }

@@ -7,6 +7,7 @@ use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::ops::ControlFlow;
 use std::os::unix::ffi::OsStrExt;
+use std::time::Duration;
 
 use fuser::{
     Errno, Generation, INodeNo, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEntry, ReplyLseek,
@@ -14,9 +15,10 @@ use fuser::{
 };
 
 use super::attr::{FOREVER, attr, file_type, unknown};
+use super::counters::Kind;
 use super::errno::Failure;
-use crate::model::{FileKind, ReadAt};
-use crate::vfs::{ItemKind, Purpose, Seek, Vfs};
+use crate::model::FileKind;
+use crate::vfs::{FileSystem, ItemKind, Purpose, Seek};
 
 /// Inode numbers are never used for another file.
 const GENERATION: Generation = Generation(0);
@@ -42,6 +44,8 @@ pub(super) trait Request: Send + 'static {
     type Reply: Refuse;
     /// Its name in the log.
     const NAME: &'static str;
+    /// As what it is counted.
+    const KIND: Kind;
     /// What it wants bytes for.
     const PURPOSE: Purpose = Purpose::Metadata;
 
@@ -49,7 +53,7 @@ pub(super) trait Request: Send + 'static {
     fn ino(&self) -> u64;
 
     /// Answers, or gives the reply back.
-    fn attempt<R: ReadAt>(&self, vfs: &Vfs<R>, reply: Self::Reply) -> Result<(), (Self::Reply, Failure)>;
+    fn attempt<F: FileSystem>(&self, fs: &F, reply: Self::Reply) -> Result<(), (Self::Reply, Failure)>;
 }
 
 /// Splits a result: the value to answer with, or the reply back with the failure.
@@ -70,16 +74,18 @@ pub(super) struct Lookup {
 impl Request for Lookup {
     type Reply = ReplyEntry;
     const NAME: &'static str = "lookup";
+    const KIND: Kind = Kind::Lookup;
 
     fn ino(&self) -> u64 {
         self.parent
     }
 
-    fn attempt<R: ReadAt>(&self, vfs: &Vfs<R>, reply: ReplyEntry) -> Result<(), (ReplyEntry, Failure)> {
-        let found = answer!(reply, vfs.lookup(self.parent, &self.name));
+    fn attempt<F: FileSystem>(&self, fs: &F, reply: ReplyEntry) -> Result<(), (ReplyEntry, Failure)> {
+        let found = answer!(reply, fs.lookup(self.parent, &self.name));
         // Inode 0 says that there is none, and that the kernel may remember it.
+        let valid = if found.is_none() && fs.may_change(self.parent) { Duration::ZERO } else { FOREVER };
         let attr = found.map_or(unknown(0, FileKind::Regular), |stat| attr(&stat));
-        reply.entry(&FOREVER, &attr, GENERATION);
+        reply.entry(&valid, &attr, GENERATION);
         Ok(())
     }
 }
@@ -91,13 +97,14 @@ pub(super) struct GetAttr {
 impl Request for GetAttr {
     type Reply = ReplyAttr;
     const NAME: &'static str = "getattr";
+    const KIND: Kind = Kind::GetAttr;
 
     fn ino(&self) -> u64 {
         self.ino
     }
 
-    fn attempt<R: ReadAt>(&self, vfs: &Vfs<R>, reply: ReplyAttr) -> Result<(), (ReplyAttr, Failure)> {
-        let stat = answer!(reply, vfs.stat(self.ino));
+    fn attempt<F: FileSystem>(&self, fs: &F, reply: ReplyAttr) -> Result<(), (ReplyAttr, Failure)> {
+        let stat = answer!(reply, fs.stat(self.ino));
         reply.attr(&FOREVER, &attr(&stat));
         Ok(())
     }
@@ -110,13 +117,14 @@ pub(super) struct ReadLink {
 impl Request for ReadLink {
     type Reply = ReplyData;
     const NAME: &'static str = "readlink";
+    const KIND: Kind = Kind::ReadLink;
 
     fn ino(&self) -> u64 {
         self.ino
     }
 
-    fn attempt<R: ReadAt>(&self, vfs: &Vfs<R>, reply: ReplyData) -> Result<(), (ReplyData, Failure)> {
-        let target = answer!(reply, vfs.read_link(self.ino));
+    fn attempt<F: FileSystem>(&self, fs: &F, reply: ReplyData) -> Result<(), (ReplyData, Failure)> {
+        let target = answer!(reply, fs.read_link(self.ino));
         reply.data(&target);
         Ok(())
     }
@@ -136,19 +144,20 @@ thread_local! {
 impl Request for Read {
     type Reply = ReplyData;
     const NAME: &'static str = "read";
+    const KIND: Kind = Kind::Read;
     const PURPOSE: Purpose = Purpose::Read;
 
     fn ino(&self) -> u64 {
         self.ino
     }
 
-    fn attempt<R: ReadAt>(&self, vfs: &Vfs<R>, reply: ReplyData) -> Result<(), (ReplyData, Failure)> {
+    fn attempt<F: FileSystem>(&self, fs: &F, reply: ReplyData) -> Result<(), (ReplyData, Failure)> {
         BUFFER.with_borrow_mut(|buffer| {
             if buffer.len() < self.size {
                 buffer.resize(self.size, 0);
             }
             let (buffer, _) = buffer.split_at_mut(self.size);
-            let len = answer!(reply, vfs.read(self.ino, self.offset, buffer));
+            let len = answer!(reply, fs.read(self.ino, self.offset, buffer));
             reply.data(buffer.get(..len).unwrap_or_default());
             Ok(())
         })
@@ -163,13 +172,14 @@ pub(super) struct ReadDir {
 impl Request for ReadDir {
     type Reply = ReplyDirectory;
     const NAME: &'static str = "readdir";
+    const KIND: Kind = Kind::ReadDir;
 
     fn ino(&self) -> u64 {
         self.ino
     }
 
-    fn attempt<R: ReadAt>(&self, vfs: &Vfs<R>, mut reply: ReplyDirectory) -> Result<(), (ReplyDirectory, Failure)> {
-        let listed = vfs.read_dir(self.ino, self.offset, &mut |item| {
+    fn attempt<F: FileSystem>(&self, fs: &F, mut reply: ReplyDirectory) -> Result<(), (ReplyDirectory, Failure)> {
+        let listed = fs.read_dir(self.ino, self.offset, &mut |item| {
             let (ino, kind) = match item.kind {
                 ItemKind::Dot { ino } => (ino, FileKind::Directory),
                 ItemKind::File(stat) => (stat.ino, stat.attributes.kind),
@@ -192,22 +202,23 @@ pub(super) struct ReadDirPlus {
 impl Request for ReadDirPlus {
     type Reply = ReplyDirectoryPlus;
     const NAME: &'static str = "readdirplus";
+    const KIND: Kind = Kind::ReadDir;
 
     fn ino(&self) -> u64 {
         self.ino
     }
 
-    fn attempt<R: ReadAt>(
+    fn attempt<F: FileSystem>(
         &self,
-        vfs: &Vfs<R>,
+        fs: &F,
         mut reply: ReplyDirectoryPlus,
     ) -> Result<(), (ReplyDirectoryPlus, Failure)> {
-        let listed = vfs.read_dir(self.ino, self.offset, &mut |item| {
+        let listed = fs.read_dir_plus(self.ino, self.offset, &mut |item| {
             let (attr, valid) = match item.kind {
                 ItemKind::Dot { ino } => (unknown(ino, FileKind::Directory), FOREVER),
                 ItemKind::File(stat) => (attr(&stat), FOREVER),
                 // Believed for no time at all: whoever uses the name asks again and is told what is wrong.
-                ItemKind::Broken { ino, kind, .. } => (unknown(ino, kind), std::time::Duration::ZERO),
+                ItemKind::Broken { ino, kind, .. } => (unknown(ino, kind), Duration::ZERO),
             };
             let name = OsStr::from_bytes(item.name);
             flow(reply.add(attr.ino, item.next_offset, name, &valid, &attr, GENERATION))
@@ -231,13 +242,14 @@ pub(super) struct GetXattr {
 impl Request for GetXattr {
     type Reply = ReplyXattr;
     const NAME: &'static str = "getxattr";
+    const KIND: Kind = Kind::Xattr;
 
     fn ino(&self) -> u64 {
         self.ino
     }
 
-    fn attempt<R: ReadAt>(&self, vfs: &Vfs<R>, reply: ReplyXattr) -> Result<(), (ReplyXattr, Failure)> {
-        let value = answer!(reply, vfs.xattr(self.ino, &self.name));
+    fn attempt<F: FileSystem>(&self, fs: &F, reply: ReplyXattr) -> Result<(), (ReplyXattr, Failure)> {
+        let value = answer!(reply, fs.xattr(self.ino, &self.name));
         let value = answer!(reply, value.ok_or(Failure::NoAttribute));
         send(reply, self.size, &value)
     }
@@ -253,14 +265,15 @@ pub(super) struct ListXattr {
 impl Request for ListXattr {
     type Reply = ReplyXattr;
     const NAME: &'static str = "listxattr";
+    const KIND: Kind = Kind::Xattr;
 
     fn ino(&self) -> u64 {
         self.ino
     }
 
-    fn attempt<R: ReadAt>(&self, vfs: &Vfs<R>, reply: ReplyXattr) -> Result<(), (ReplyXattr, Failure)> {
+    fn attempt<F: FileSystem>(&self, fs: &F, reply: ReplyXattr) -> Result<(), (ReplyXattr, Failure)> {
         let mut names = Vec::new();
-        for xattr in answer!(reply, vfs.xattrs(self.ino)) {
+        for xattr in answer!(reply, fs.xattrs(self.ino)) {
             if self.trusted || !xattr.name.starts_with(b"trusted.") {
                 names.extend_from_slice(&xattr.name);
                 names.push(0);
@@ -289,12 +302,13 @@ pub(super) struct Lseek {
 impl Request for Lseek {
     type Reply = ReplyLseek;
     const NAME: &'static str = "lseek";
+    const KIND: Kind = Kind::Seek;
 
     fn ino(&self) -> u64 {
         self.ino
     }
 
-    fn attempt<R: ReadAt>(&self, vfs: &Vfs<R>, reply: ReplyLseek) -> Result<(), (ReplyLseek, Failure)> {
+    fn attempt<F: FileSystem>(&self, fs: &F, reply: ReplyLseek) -> Result<(), (ReplyLseek, Failure)> {
         let seek = match self.whence {
             libc::SEEK_DATA => Ok(Seek::Data),
             libc::SEEK_HOLE => Ok(Seek::Hole),
@@ -302,7 +316,7 @@ impl Request for Lseek {
         };
         let seek = answer!(reply, seek);
         let offset = answer!(reply, u64::try_from(self.offset).map_err(|_| Failure::NothingBehind));
-        let found = answer!(reply, vfs.seek(self.ino, offset, seek));
+        let found = answer!(reply, fs.seek(self.ino, offset, seek));
         let found = found.and_then(|found| i64::try_from(found).ok());
         let found = answer!(reply, found.ok_or(Failure::NothingBehind));
         reply.offset(found);

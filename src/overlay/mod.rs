@@ -247,14 +247,7 @@ impl<V: LayerView> Overlay<V> {
     /// # Errors
     /// The layer could not be read.
     pub fn xattrs(&self, node: NodeId) -> Result<Vec<Xattr>, Error<V::Error>> {
-        let stored = self.ask(node.layer, |view| view.xattrs(node.nid))?;
-        Ok(stored
-            .into_iter()
-            .filter_map(|attribute| {
-                let name = xattr::shown(&attribute.name)?.into();
-                Some(Xattr { name, value: attribute.value })
-            })
-            .collect())
+        self.ask(node.layer, |view| shown_xattrs(view, node.nid))
     }
 
     /// The extended attribute shown as `name`.
@@ -262,10 +255,7 @@ impl<V: LayerView> Overlay<V> {
     /// # Errors
     /// The layer could not be read.
     pub fn xattr(&self, node: NodeId, name: &[u8]) -> Result<Option<Box<[u8]>>, Error<V::Error>> {
-        match xattr::stored(name) {
-            Some(stored) => self.ask(node.layer, |view| view.xattr(node.nid, &stored)),
-            None => Ok(None),
-        }
+        self.ask(node.layer, |view| shown_xattr(view, node.nid, name))
     }
 
     /// The roots of the layers up to `highest`, topmost first.
@@ -275,5 +265,60 @@ impl<V: LayerView> Overlay<V> {
 
     fn ask<T>(&self, layer: u16, question: impl FnOnce(&V) -> Result<T, V::Error>) -> Result<T, Error<V::Error>> {
         question(self.layer(layer)?).map_err(|source| Error::Layer { layer, source })
+    }
+}
+
+/// The extended attributes of file `nid` of a layer, under the names that the merge shows, in the layer's order.
+///
+/// # Errors
+/// The layer could not be read.
+pub fn shown_xattrs<V: LayerView>(view: &V, nid: u64) -> Result<Vec<Xattr>, V::Error> {
+    let shown = view.xattrs(nid)?.into_iter().filter_map(|attribute| {
+        let name = xattr::shown(&attribute.name)?.into();
+        Some(Xattr { name, value: attribute.value })
+    });
+    Ok(shown.collect())
+}
+
+/// The extended attribute of file `nid` of a layer that the merge shows as `name`.
+///
+/// # Errors
+/// The layer could not be read.
+pub fn shown_xattr<V: LayerView>(view: &V, nid: u64, name: &[u8]) -> Result<Option<Box<[u8]>>, V::Error> {
+    match xattr::stored(name) {
+        Some(stored) => view.xattr(nid, &stored),
+        None => Ok(None),
+    }
+}
+
+impl<V: LayerView> LayerView for std::sync::Arc<V> {
+    type Error = V::Error;
+
+    fn root(&self) -> u64 {
+        (**self).root()
+    }
+
+    fn look(&self, nid: u64) -> Result<Look, Self::Error> {
+        (**self).look(nid)
+    }
+
+    fn lookup(&self, dir: u64, name: &[u8]) -> Result<Option<u64>, Self::Error> {
+        (**self).lookup(dir, name)
+    }
+
+    fn for_each(&self, dir: u64, each: &mut EachEntry<'_>) -> Result<(), Self::Error> {
+        (**self).for_each(dir, each)
+    }
+
+    fn parent(&self, dir: u64) -> Result<u64, Self::Error> {
+        (**self).parent(dir)
+    }
+
+    fn xattr(&self, nid: u64, name: &[u8]) -> Result<Option<Box<[u8]>>, Self::Error> {
+        (**self).xattr(nid, name)
+    }
+
+    fn xattrs(&self, nid: u64) -> Result<Vec<Xattr>, Self::Error> {
+        (**self).xattrs(nid)
     }
 }

@@ -179,6 +179,16 @@ pub fn check_mount_point(path: &Path) -> Result<PathBuf, MountError> {
     Ok(place)
 }
 
+/// Lets the kernel drop what it remembers of the read-only mount on `path` and nobody uses: changing nothing about a mount
+/// does that (`reconfigure_super` shrinks the cache of names first).
+///
+/// # Errors
+/// See [`MountError`].
+pub fn drop_unused(path: &Path) -> Result<(), MountError> {
+    rustix::mount::mount_remount(path, MountFlags::RDONLY, "")
+        .map_err(|errno| MountError::system("drop what is remembered of", path, errno))
+}
+
 /// How [`unmount`] treats files that are in use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unmount {

@@ -7,6 +7,7 @@
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
+use super::numbers::Sort;
 use super::{Error, Stat, Vfs};
 use crate::erofs::Nid;
 use crate::model::{FileKind, ReadAt};
@@ -110,16 +111,17 @@ impl<R: ReadAt> Vfs<R> {
 
     /// The number of the directory that holds the one with these parts, as the topmost part's layer knows it.
     fn parent_ino(&self, parts: &[NodeId]) -> Result<u64, Error> {
-        let Some(&top) = parts.first() else { return Ok(super::ROOT_INO) };
+        let Some(&top) = parts.first() else { return Ok(self.numbers.root()) };
         let image = self.overlay.layer(top.layer)?.image();
         let parent = image
             .inode(Nid(top.nid))
             .and_then(|directory| image.parent(&directory))
             .map_err(|source| Error::of_layer(top.layer, source))?;
         if parent == image.root() {
-            return Ok(super::ROOT_INO);
+            return Ok(self.numbers.root());
         }
-        self.numbers.ino(NodeId { layer: top.layer, nid: parent.0 }, parts.len() > 1)
+        let sort = Sort::Directory { merged: parts.len() > 1 };
+        self.numbers.ino(NodeId { layer: top.layer, nid: parent.0 }, sort)
     }
 
     /// A directory that only one layer has. A position is a block and an entry of it.
@@ -192,7 +194,11 @@ impl<R: ReadAt> Vfs<R> {
             Ok(Some(found)) => ItemKind::File(self.remember(&found)?),
             Err(absent @ Error::Absent { .. }) => return Err(absent),
             Err(error) => {
-                let ino = self.numbers.ino(entry.node, false).unwrap_or(u64::MAX);
+                let sort = match entry.kind {
+                    FileKind::Directory => Sort::Directory { merged: false },
+                    _ => Sort::File,
+                };
+                let ino = self.numbers.ino(entry.node, sort).unwrap_or(u64::MAX);
                 ItemKind::Broken { ino, kind: entry.kind, error }
             }
         };

@@ -1,7 +1,7 @@
 //! Why the file system has no answer.
 
 use crate::erofs;
-use crate::model::ByteRange;
+use crate::model::{ByteRange, DiffId, ReadAtError};
 use crate::overlay;
 
 /// Why an operation failed.
@@ -43,6 +43,21 @@ pub enum Error {
         /// Number of the file.
         nid: u64,
     },
+    /// A layer as a whole could not be read.
+    #[error("cannot read layer {diff_id}")]
+    Image {
+        /// Which layer.
+        diff_id: DiffId,
+        /// Why not.
+        #[source]
+        source: ReadAtError,
+    },
+    /// A file is used like a directory.
+    #[error("inode {0} is no directory")]
+    NotADirectory(u64),
+    /// Something else is read like a symbolic link.
+    #[error("inode {0} is no symbolic link")]
+    NotALink(u64),
     /// A directory is read like a file.
     #[error("inode {0} is a directory")]
     IsADirectory(u64),

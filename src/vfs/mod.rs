@@ -1,4 +1,7 @@
-//! The file system of one image: inode numbers, lookups, directories, reads, over its merged layers.
+//! File systems over EROFS layers: inode numbers, lookups, directories, reads.
+//!
+//! A [`Vfs`] is one image, its layers merged; a [`Forest`] holds many snapshots and layers, which come and go, behind
+//! one root. What serves either knows them as a [`FileSystem`].
 //!
 //! Stateless. An inode number is a function of where a file lies ([`Numbers`]), opens are not known at all, and what is
 //! cached (listings and parts of merged directories, within fixed bounds) can be made again. So a server may restart
@@ -12,25 +15,32 @@
 mod cache;
 mod directory;
 mod error;
+mod file;
+mod forest;
 mod layer;
 mod numbers;
 mod open;
+mod served;
+mod slots;
 #[cfg(test)]
 mod tests;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::erofs::{ExtentSource, Nid};
-use crate::model::{Attributes, ByteRange, FileKind, ReadAt, Xattr};
+use crate::model::{Attributes, FileKind, ReadAt, Xattr};
 use crate::overlay::{Found, NodeId, Overlay};
 
 use cache::Caches;
+use file::File;
+use numbers::{Numbering, Sort};
 
 pub use directory::{Item, ItemKind};
 pub use error::Error;
+pub use forest::{Forest, ForestError, LayerSlot, SnapshotSlot};
 pub use layer::Layer;
 pub use numbers::{Numbers, ROOT_INO};
 pub use open::{Bring, BringError, Done, OpenError, Purpose, open_layer, open_layers};
+pub use served::{FileSystem, KernelCache, Missing, TakeItem};
 
 /// What a name stands for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,15 +73,11 @@ pub enum Seek {
     Hole,
 }
 
-/// Most extents that one seek looks at: 256 MiB of a file whose every second 4 KiB block is a hole. Beyond, everything
-/// counts as data, which is always a right answer.
-const SEEK_EXTENTS: usize = 1 << 16;
-
 /// A merged image.
 #[derive(Debug)]
 pub struct Vfs<R> {
-    overlay: Overlay<Layer<R>>,
-    numbers: Numbers,
+    overlay: Overlay<Arc<Layer<R>>>,
+    numbers: Numbering,
     caches: Mutex<Caches>,
     totals: Totals,
     may_show_xattrs: bool,
@@ -83,6 +89,12 @@ impl<R: ReadAt> Vfs<R> {
     /// # Errors
     /// [`Error::LayerCount`].
     pub fn new(layers: Vec<Layer<R>>) -> Result<Self, Error> {
+        let numbers = Numbering::Alone(Numbers::new(layers.len()));
+        Self::of_shared(layers.into_iter().map(Arc::new).collect(), numbers)
+    }
+
+    /// The same of layers that others use as well.
+    fn of_shared(layers: Vec<Arc<Layer<R>>>, numbers: Numbering) -> Result<Self, Error> {
         let overlay = Overlay::new(layers)?;
         let layers = overlay.layers();
         let totals = layers.iter().fold(Totals::default(), |sum, layer| Totals {
@@ -90,10 +102,10 @@ impl<R: ReadAt> Vfs<R> {
             files: sum.files.saturating_add(layer.image().superblock().inodes()),
         });
         Ok(Self {
-            numbers: Numbers::new(layers.len()),
+            numbers,
             caches: Mutex::default(),
             totals,
-            may_show_xattrs: layers.iter().any(Layer::may_show_xattrs),
+            may_show_xattrs: layers.iter().any(|layer| layer.may_show_xattrs()),
             overlay,
         })
     }
@@ -133,9 +145,9 @@ impl<R: ReadAt> Vfs<R> {
     /// # Errors
     /// See [`Error`].
     pub fn stat(&self, ino: u64) -> Result<Stat, Error> {
-        if ino == ROOT_INO {
+        if ino == self.numbers.root() {
             let root = self.overlay.root()?;
-            return self.describe(ROOT_INO, root.node, root.attributes);
+            return self.describe(ino, root.node, root.attributes);
         }
         let place = self.numbers.place(ino)?;
         let mut attributes = self.overlay.attributes(place.node)?;
@@ -150,8 +162,7 @@ impl<R: ReadAt> Vfs<R> {
     /// # Errors
     /// See [`Error`].
     pub fn read_link(&self, ino: u64) -> Result<Box<[u8]>, Error> {
-        let (layer, inode, index) = self.inode(ino)?;
-        layer.image().read_link(&inode).map_err(|source| Error::of_layer(index, source))
+        self.file(ino)?.read_link()
     }
 
     /// Reads a regular file's bytes from `offset` on into `buf`: how many it got; fewer only at the file's end.
@@ -159,13 +170,7 @@ impl<R: ReadAt> Vfs<R> {
     /// # Errors
     /// See [`Error`]; `buf` then holds anything.
     pub fn read(&self, ino: u64, offset: u64, buf: &mut [u8]) -> Result<usize, Error> {
-        let (layer, inode, index) = self.inode(ino)?;
-        match inode.attributes().kind {
-            FileKind::Regular => {}
-            FileKind::Directory => return Err(Error::IsADirectory(ino)),
-            _ => return Err(Error::NotRegular(ino)),
-        }
-        layer.image().read(&inode, offset, buf).map_err(|source| Error::of_layer(index, source))
+        self.file(ino)?.read(offset, buf)
     }
 
     /// The next data or hole at or behind `offset`; none if there is nothing (also for an offset at or behind the end).
@@ -173,23 +178,7 @@ impl<R: ReadAt> Vfs<R> {
     /// # Errors
     /// See [`Error`].
     pub fn seek(&self, ino: u64, offset: u64, seek: Seek) -> Result<Option<u64>, Error> {
-        let (layer, inode, index) = self.inode(ino)?;
-        let size = inode.attributes().size;
-        let Ok(rest) = ByteRange::new(offset, size) else { return Ok(None) };
-        if rest.is_empty() {
-            return Ok(None);
-        }
-        for (count, extent) in layer.image().extents(&inode, rest).enumerate() {
-            let extent = extent.map_err(|source| Error::of_layer(index, source))?;
-            let is_hole = extent.source == ExtentSource::Hole && count < SEEK_EXTENTS;
-            if is_hole == (seek == Seek::Hole) {
-                return Ok(Some(extent.file.start()));
-            }
-            if count >= SEEK_EXTENTS {
-                break;
-            }
-        }
-        Ok((seek == Seek::Hole).then_some(size))
+        self.file(ino)?.seek(offset, seek)
     }
 
     /// The extended attributes of a file.
@@ -200,7 +189,7 @@ impl<R: ReadAt> Vfs<R> {
         if !self.may_show_xattrs {
             return Ok(Vec::new());
         }
-        Ok(self.overlay.xattrs(self.node(ino)?)?)
+        self.file(ino)?.xattrs()
     }
 
     /// The value of one extended attribute.
@@ -211,26 +200,21 @@ impl<R: ReadAt> Vfs<R> {
         if !self.may_show_xattrs {
             return Ok(None);
         }
-        Ok(self.overlay.xattr(self.node(ino)?, name)?)
+        self.file(ino)?.xattr(name)
     }
 
-    fn node(&self, ino: u64) -> Result<NodeId, Error> {
-        match ino {
-            ROOT_INO => Ok(self.overlay.root_parts().swap_remove(0)),
-            _ => Ok(self.numbers.place(ino)?.node),
-        }
-    }
-
-    fn inode(&self, ino: u64) -> Result<(&Layer<R>, crate::erofs::Inode, u16), Error> {
-        let node = self.node(ino)?;
-        let layer = self.overlay.layer(node.layer)?;
-        let inode = layer.image().inode(Nid(node.nid)).map_err(|source| Error::of_layer(node.layer, source))?;
-        Ok((layer, inode, node.layer))
+    fn file(&self, ino: u64) -> Result<File<'_, R>, Error> {
+        let node = if ino == self.numbers.root() {
+            self.overlay.root_parts().swap_remove(0)
+        } else {
+            self.numbers.place(ino)?.node
+        };
+        Ok(File { layer: self.overlay.layer(node.layer)?, node, ino })
     }
 
     /// All parts of directory `ino`, topmost first.
     fn parts(&self, ino: u64) -> Result<Arc<[NodeId]>, Error> {
-        if ino == ROOT_INO {
+        if ino == self.numbers.root() {
             return Ok(self.overlay.root_parts().into());
         }
         let place = self.numbers.place(ino)?;
@@ -253,14 +237,16 @@ impl<R: ReadAt> Vfs<R> {
                 caches.parts.put(found.node, found.parts().into());
             }
         }
-        let ino = self.numbers.ino(found.node, found.is_merged())?;
+        let sort = match found.attributes.kind {
+            FileKind::Directory => Sort::Directory { merged: found.is_merged() },
+            _ => Sort::File,
+        };
+        let ino = self.numbers.ino(found.node, sort)?;
         self.describe(ino, found.node, found.attributes)
     }
 
     fn describe(&self, ino: u64, node: NodeId, attributes: Attributes) -> Result<Stat, Error> {
-        let block_size = self.overlay.layer(node.layer)?.image().superblock().block_size();
-        let whole = attributes.size.div_ceil(block_size).saturating_mul(block_size);
-        Ok(Stat { ino, attributes, block_size: u32::try_from(block_size).unwrap_or(4096), blocks: whole / 512 })
+        Ok(File { layer: self.overlay.layer(node.layer)?, node, ino }.describe(attributes))
     }
 
     /// Caches hold nothing that a panic could leave half-made.

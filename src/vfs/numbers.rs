@@ -1,10 +1,11 @@
-//! Inode numbers.
+//! Inode numbers of an image on its own.
 //!
 //! The root is 1. Any other number tells layer and number within the layer, and for a directory whether layers below
 //! have a part of it. So it means the same after a restart, and files that are hard links of each other share one.
 //! Numbers are as small as the image allows, so that programs with 32-bit inode numbers work on images below some 10 GiB.
 
 use super::Error;
+use super::slots::SnapshotNumbers;
 use crate::overlay::NodeId;
 
 /// The root directory, as FUSE demands.
@@ -50,6 +51,50 @@ impl Numbers {
         let layer = (number >> 1) & ((1 << self.layer_bits) - 1);
         let layer = u16::try_from(layer).map_err(|_| Error::NoSuchInode(ino))?;
         Ok(Place { node: NodeId { layer, nid: number >> (self.layer_bits + 1) }, merged: number & 1 == 1 })
+    }
+}
+
+/// What a number is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Sort {
+    /// Anything but a directory.
+    File,
+    /// A directory; merged if it has parts in lower layers.
+    Directory { merged: bool },
+}
+
+/// How a tree's files are numbered.
+#[derive(Debug)]
+pub(super) enum Numbering {
+    /// It has all numbers for itself.
+    Alone(Numbers),
+    /// It shares them with others, and its files' numbers with those who show the same layers.
+    Shared(SnapshotNumbers),
+}
+
+impl Numbering {
+    /// The number of the root.
+    pub(super) const fn root(&self) -> u64 {
+        match self {
+            Self::Alone(_) => ROOT_INO,
+            Self::Shared(numbers) => numbers.root(),
+        }
+    }
+
+    /// The number of a file that is not the root.
+    pub(super) fn ino(&self, node: NodeId, sort: Sort) -> Result<u64, Error> {
+        match self {
+            Self::Alone(numbers) => numbers.ino(node, sort == Sort::Directory { merged: true }),
+            Self::Shared(numbers) => numbers.ino(node, sort),
+        }
+    }
+
+    /// What a number says that is not the root's. Of those that are shared only directories' numbers belong to a tree.
+    pub(super) fn place(&self, ino: u64) -> Result<Place, Error> {
+        match self {
+            Self::Alone(numbers) => numbers.place(ino),
+            Self::Shared(numbers) => numbers.place(ino),
+        }
     }
 }
 

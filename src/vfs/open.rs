@@ -80,24 +80,19 @@ pub enum OpenError {
 /// # Errors
 /// See [`OpenError`].
 pub fn open_layers<R: Bring + Clone>(layers: &[(R, Vec<R>)]) -> Result<Vec<Layer<R>>, OpenError> {
-    let mut open: Vec<Option<Layer<R>>> = layers.iter().map(|_| None).collect();
+    let mut done: Vec<Option<Layer<R>>> = layers.iter().map(|_| None).collect();
     let (answer, answers) = mpsc::channel();
     // Each round ends with all layers open or with one more absent range of each brought. An image needs its
-    // superblock, its device table and its attribute prefixes; ranges that stay absent after they were brought would
-    // never end.
+    // superblock, its device table, its attribute prefixes and its root; ranges that stay absent after they were
+    // brought would never end.
     let mut left: Vec<usize> = (0..layers.len()).collect();
     while !left.is_empty() {
         let mut waiting = 0;
         for &index in &left {
             let Some((image, devices)) = layers.get(index) else { continue };
-            let opened = if devices.is_empty() {
-                Image::open(image.clone())
-            } else {
-                Image::open_with_devices(image.clone(), devices.clone())
-            };
-            match opened {
+            match open(image, devices) {
                 Ok(image) => {
-                    if let Some(slot) = open.get_mut(index) {
+                    if let Some(slot) = done.get_mut(index) {
                         *slot = Some(Layer::new(image));
                     }
                 }
@@ -123,7 +118,17 @@ pub fn open_layers<R: Bring + Clone>(layers: &[(R, Vec<R>)]) -> Result<Vec<Layer
             }
         }
     }
-    Ok(open.into_iter().flatten().collect())
+    Ok(done.into_iter().flatten().collect())
+}
+
+/// Opens an image if all that it needs is there. Its root is needed before anything else.
+fn open<R: Bring + Clone>(image: &R, devices: &[R]) -> Result<Image<R>, erofs::Error> {
+    let opened = match devices {
+        [] => Image::open(image.clone()),
+        _ => Image::open_with_devices(image.clone(), devices.to_vec()),
+    }?;
+    opened.root_inode()?;
+    Ok(opened)
 }
 
 /// Opens one layer without holding a thread while its bytes are on the way; `index` is for messages.
@@ -132,11 +137,7 @@ pub fn open_layers<R: Bring + Clone>(layers: &[(R, Vec<R>)]) -> Result<Vec<Layer
 /// See [`OpenError`].
 pub async fn open_layer<R: Bring + Clone>(index: usize, image: R, devices: Vec<R>) -> Result<Layer<R>, OpenError> {
     loop {
-        let opened = match devices.is_empty() {
-            true => Image::open(image.clone()),
-            false => Image::open_with_devices(image.clone(), devices.clone()),
-        };
-        let (device, range) = match opened {
+        let (device, range) = match open(&image, &devices) {
             Ok(image) => return Ok(Layer::new(image)),
             Err(erofs::Error::Absent { device, range }) => (device, range),
             Err(source) => return Err(OpenError::Image { layer: index, source }),

@@ -11,6 +11,7 @@ mod erofs_abuse;
 mod erofs_reader;
 mod erofs_writer;
 mod fetch;
+mod forest;
 mod layers;
 mod mount;
 mod mount_judge;

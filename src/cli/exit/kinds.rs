@@ -59,6 +59,7 @@ pub(super) fn known(error: &(dyn std::error::Error + 'static)) -> Option<Problem
         erofs::Error => of_erofs,
         overlay::Error<erofs::Error> => of_overlay,
         vfs::Error => of_vfs,
+        vfs::ForestError => of_forest,
         vfs::OpenError => of_open,
         // What a mount waits for is known to it as an error and no more.
         vfs::BringError => |error: &vfs::BringError| known(&**error),
@@ -353,8 +354,25 @@ fn of_vfs(error: &vfs::Error) -> Option<Problem> {
         vfs::Error::Layer { source, .. } => of_erofs(source),
         vfs::Error::Refused(error) => of_overlay(error),
         vfs::Error::LayerCount(_) | vfs::Error::NumberTooLarge { .. } => Some(Problem::Unsupported),
-        vfs::Error::IsADirectory(_) | vfs::Error::NotRegular(_) => Some(Problem::NotFound),
+        vfs::Error::Image { .. } => Some(Problem::Local),
+        vfs::Error::IsADirectory(_)
+        | vfs::Error::NotADirectory(_)
+        | vfs::Error::NotALink(_)
+        | vfs::Error::NotRegular(_) => Some(Problem::NotFound),
         vfs::Error::Absent { .. } | vfs::Error::NoSuchInode(_) => Some(Problem::Internal),
+    }
+}
+
+fn of_forest(error: &vfs::ForestError) -> Option<Problem> {
+    match error {
+        vfs::ForestError::Layers { source, .. } => of_vfs(source),
+        vfs::ForestError::NameTaken(_)
+        | vfs::ForestError::SlotTaken { .. }
+        | vfs::ForestError::OtherSlot { .. }
+        | vfs::ForestError::NoSuchSlot(_)
+        | vfs::ForestError::Full
+        | vfs::ForestError::NoSuchLayer(_)
+        | vfs::ForestError::NoSuchSnapshot(_) => Some(Problem::Internal),
     }
 }
 

@@ -1,0 +1,315 @@
+//! One connection with many snapshots and layers. Needs root, /dev/fuse, loop devices, and a kernel with EROFS and overlayfs.
+
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::mount::{MountFlags, UnmountFlags};
+
+use headstart::erofs::writer::LayerRole;
+use headstart::fuse::{ServeOptions, Server, serve};
+use headstart::model::{Algorithm, DiffId, Digest, Name};
+use headstart::testkit::images::{EntryWithContent, directory, file, hard_link, image_of, symlink, whiteout};
+use headstart::testkit::lazy::{LazyBytes, LazyLayer};
+use headstart::testkit::tree::{Listing, pattern};
+use headstart::vfs::{Forest, Layer, LayerSlot, SnapshotSlot, open_layers};
+
+use crate::mounts::{mount, run};
+
+const LONG: Duration = Duration::from_secs(60);
+
+/// A layer: its diffID and its bytes.
+struct Made {
+    diff_id: DiffId,
+    bytes: Arc<LazyBytes>,
+}
+
+impl Made {
+    fn new(entries: &[EntryWithContent]) -> Self {
+        Self::of_image(image_of(LayerRole::Upper, entries).unwrap())
+    }
+
+    fn of_image(image: Vec<u8>) -> Self {
+        let diff_id = DiffId(Digest::of(Algorithm::Sha256, &image));
+        Self { diff_id, bytes: LazyBytes::new(image, 1 << 14) }
+    }
+
+    fn open(&self) -> Arc<Layer<LazyLayer>> {
+        let mut layers = open_layers(&[(LazyLayer(Arc::clone(&self.bytes)), Vec::new())]).unwrap();
+        Arc::new(layers.remove(0))
+    }
+}
+
+/// A forest that is served.
+struct Served {
+    forest: Arc<Forest<LazyLayer>>,
+    server: Server,
+    dir: tempfile::TempDir,
+}
+
+impl Served {
+    fn start() -> Self {
+        let forest = Arc::new(Forest::new());
+        let dir = tempfile::tempdir().unwrap();
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        let server = serve(Arc::clone(&forest), dir.path(), &ServeOptions::for_this_user("forest")).unwrap();
+        Self { forest, server, dir }
+    }
+
+    fn layer(&self, made: &Made) -> LayerSlot {
+        self.forest.add_layer(made.diff_id, made.open(), None).unwrap()
+    }
+
+    fn snapshot(&self, name: &str, layers: &[LayerSlot]) -> SnapshotSlot {
+        self.forest.add_snapshot(&Name::new(name.as_bytes()).unwrap(), layers, None).unwrap()
+    }
+
+    fn tree(&self, name: &str) -> PathBuf {
+        self.dir.path().join("snapshots").join(name)
+    }
+
+    fn image(&self, made: &Made) -> PathBuf {
+        self.dir.path().join("layers").join(made.diff_id.to_string())
+    }
+}
+
+/// A mount that goes away with its owner.
+struct Mounted(PathBuf);
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        rustix::mount::unmount(&self.0, UnmountFlags::DETACH).unwrap();
+    }
+}
+
+fn two_layers() -> [Made; 2] {
+    let large = pattern(700_000);
+    [
+        Made::new(&[
+            file("bin/tool", &large),
+            file("etc/a", b"lower"),
+            file("etc/gone", b"x"),
+            hard_link("etc/again", "etc/a"),
+            symlink("link", "etc/a"),
+            directory("var/empty"),
+        ]),
+        Made::new(&[file("etc/a", b"upper"), whiteout("etc/gone"), file("usr/new", &pattern(5000))]),
+    ]
+}
+
+#[test]
+fn a_layer_behind_a_loop_device_shows_what_its_snapshot_shows() {
+    let served = Served::start();
+    let layers = two_layers();
+    for (number, made) in layers.iter().enumerate() {
+        let slot = served.layer(made);
+        let name = format!("single-{number}");
+        served.snapshot(&name, &[slot]);
+        let image = served.image(made);
+        let metadata = fs::metadata(&image).unwrap();
+        assert_eq!((metadata.len(), metadata.mode()), (headstart::model::ReadAt::size(&*made.bytes), 0o100_400));
+        let target = tempfile::tempdir().unwrap();
+        run("mount", &["-t", "erofs", "-o", "ro,loop", image.to_str().unwrap(), target.path().to_str().unwrap()]);
+        let mounted = Mounted(target.path().to_owned());
+        // The kernel's view of one layer shows whiteouts; so that both views agree, an overlay merges each.
+        let [below, merged] = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+        let options = format!("lowerdir={}:{}", target.path().display(), below.path().display());
+        let options = std::ffi::CString::new(options).unwrap();
+        rustix::mount::mount("judge", merged.path(), "overlay", MountFlags::RDONLY, options.as_c_str()).unwrap();
+        let overlay = Mounted(merged.path().to_owned());
+        let mut judged = Listing::of_overlay(merged.path()).unwrap();
+        let mut shown = Listing::of_overlay(&served.tree(&name)).unwrap();
+        for listing in [&mut judged, &mut shown] {
+            // The root is merged with the empty layer in the kernel, and with nothing in ours.
+            listing.nodes.get_mut(&b""[..]).unwrap().attributes.nlink = 0;
+        }
+        judged.assert_equals(&shown);
+        drop(overlay);
+        drop(mounted);
+    }
+    let listed: Vec<_> = fs::read_dir(served.dir.path().join("layers"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    assert_eq!(listed, layers.iter().map(|made| made.diff_id.to_string()).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_snapshot_is_what_a_mount_of_its_layers_is() {
+    let served = Served::start();
+    let layers = two_layers();
+    let slots: Vec<LayerSlot> = layers.iter().map(|made| served.layer(made)).collect();
+    served.snapshot("both", &slots);
+    let target = tempfile::tempdir().unwrap();
+    let bytes: Vec<_> = layers.iter().map(|made| Arc::clone(&made.bytes)).collect();
+    let _alone = mount(&bytes, target.path());
+    let shown = Listing::of_overlay(&served.tree("both")).unwrap();
+    Listing::of_overlay(target.path()).unwrap().assert_equals(&shown);
+    assert_eq!(fs::read(served.tree("both").join("etc/a")).unwrap(), b"upper");
+}
+
+#[test]
+fn snapshots_with_a_layer_in_common_share_its_pages() {
+    let served = Served::start();
+    let layers = two_layers();
+    let slots: Vec<LayerSlot> = layers.iter().map(|made| served.layer(made)).collect();
+    served.snapshot("one", &slots);
+    served.snapshot("two", &slots);
+    served.snapshot("lower", &slots[..1]);
+    let tool = |name: &str| served.tree(name).join("bin/tool");
+    let content = fs::read(tool("one")).unwrap();
+    let before = served.server.counters().reads;
+    assert!(before > 0);
+    for name in ["two", "lower"] {
+        assert_eq!(fs::metadata(tool(name)).unwrap().ino(), fs::metadata(tool("one")).unwrap().ino());
+        assert!(fs::read(tool(name)).unwrap() == content);
+        let ino = |snapshot: &str, path: &str| fs::metadata(served.tree(snapshot).join(path)).unwrap().ino();
+        for path in ["", "etc", "bin"] {
+            assert_ne!(ino(name, path), ino("one", path), "directory {path:?}");
+        }
+    }
+    assert_eq!(served.server.counters().reads, before, "a page is brought once");
+}
+
+#[test]
+fn what_is_removed_is_gone_and_what_is_used_stays() {
+    let served = Served::start();
+    let layers = two_layers();
+    let slots: Vec<LayerSlot> = layers.iter().map(|made| served.layer(made)).collect();
+    let snapshot = served.snapshot("one", &slots);
+    let other = served.snapshot("other", &slots[..1]);
+    assert_eq!(fs::read_dir(served.dir.path().join("snapshots")).unwrap().count(), 2);
+    // A bind mount and an open file keep a snapshot, also what was never looked at.
+    let bound = tempfile::tempdir().unwrap();
+    rustix::mount::mount_bind(served.tree("one"), bound.path()).unwrap();
+    let bound = Mounted(bound.keep());
+    let open = File::open(served.tree("other").join("bin/tool")).unwrap();
+    served.forest.remove_snapshot(snapshot).unwrap();
+    served.forest.remove_snapshot(other).unwrap();
+    assert!(served.forest.remove_snapshot(other).is_err());
+    for slot in &slots {
+        served.forest.remove_layer(*slot).unwrap();
+    }
+    assert!(served.server.settle(LONG));
+    for name in ["snapshots", "layers"] {
+        assert_eq!(fs::read_dir(served.dir.path().join(name)).unwrap().count(), 0, "{name}");
+    }
+    assert!(!served.tree("one").exists() && !served.image(&layers[0]).exists());
+    assert_eq!(fs::read(bound.0.join("etc/a")).unwrap(), b"upper");
+    assert_eq!(fs::read(bound.0.join("usr/new")).unwrap(), pattern(5000));
+    let mut bytes = vec![0; 1000];
+    open.read_exact_at(&mut bytes, 600_000).unwrap();
+    assert!(bytes == pattern(700_000)[600_000..][..1000]);
+    assert!(served.forest.has_snapshot(snapshot) && served.forest.has_snapshot(other));
+    // The name can be given to something else.
+    let layer = served.layer(&layers[1]);
+    assert_eq!(layer, slots[1], "a layer has its slot for good");
+    let again = served.snapshot("one", &[layer]);
+    assert!(again != snapshot);
+    assert!(!served.tree("one").join("bin").exists());
+    assert!(bound.0.join("bin").exists());
+    // When nobody uses it any more, it goes as soon as the kernel remembers no name of it.
+    drop(bound);
+    drop(open);
+    served.server.drop_unused().unwrap();
+    wait_until("nothing is left of what nobody uses", || {
+        !served.forest.has_snapshot(snapshot)
+            && !served.forest.has_snapshot(other)
+            && !served.forest.has_layer(slots[0])
+    });
+    assert!(served.forest.has_layer(layer));
+    assert_eq!(fs::read(served.tree("one").join("etc/a")).unwrap(), b"upper");
+}
+
+#[test]
+fn what_nobody_uses_goes_when_it_is_removed() {
+    let served = Served::start();
+    let layers = two_layers();
+    let slots: Vec<LayerSlot> = layers.iter().map(|made| served.layer(made)).collect();
+    let snapshot = served.snapshot("one", &slots);
+    let bound = tempfile::tempdir().unwrap();
+    rustix::mount::mount_bind(served.tree("one"), bound.path()).unwrap();
+    let bound = Mounted(bound.keep());
+    for root in [&bound.0, &served.tree("one")] {
+        assert!(Listing::of_overlay(root).unwrap().nodes.len() > 5);
+    }
+    assert!(fs::read(served.image(&layers[0])).unwrap().len() > 700_000);
+    assert_eq!(fs::read_dir(served.dir.path().join("layers")).unwrap().count(), 2);
+    drop(bound);
+    served.forest.remove_snapshot(snapshot).unwrap();
+    wait_until("the snapshot is gone", || !served.forest.has_snapshot(snapshot));
+    for slot in slots {
+        assert!(served.forest.has_layer(slot));
+        served.forest.remove_layer(slot).unwrap();
+        wait_until("the layer is gone", || !served.forest.has_layer(slot));
+    }
+    // And it is let go of: nobody else has the bytes.
+    for made in layers {
+        wait_until("the bytes are dropped", || Arc::strong_count(&made.bytes) == 1);
+    }
+}
+
+#[test]
+fn a_snapshot_that_is_cut_is_stale() {
+    let served = Served::start();
+    let layers = two_layers();
+    let slots: Vec<LayerSlot> = layers.iter().map(|made| served.layer(made)).collect();
+    let snapshot = served.snapshot("one", &slots);
+    let open = File::open(served.tree("one")).unwrap();
+    let at = |path: &str| rustix::fs::statat(&open, path, rustix::fs::AtFlags::empty()).map(drop);
+    assert_eq!(at("usr"), Ok(()));
+    served.forest.cut_snapshot(snapshot);
+    assert!(!served.forest.has_snapshot(snapshot));
+    assert_eq!(at("bin"), Err(rustix::io::Errno::STALE));
+    assert!(served.server.settle(LONG));
+    assert!(!served.tree("one").exists());
+}
+
+#[track_caller]
+fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = std::time::Instant::now() + LONG;
+    while !condition() {
+        assert!(std::time::Instant::now() < deadline, "{what}");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn names_that_come_later_are_found() {
+    let served = Served::start();
+    let layers = two_layers();
+    assert!(!served.tree("late").exists());
+    assert!(!served.image(&layers[0]).exists());
+    assert_eq!(fs::read_dir(served.dir.path().join("snapshots")).unwrap().count(), 0);
+    let slot = served.layer(&layers[0]);
+    served.snapshot("late", &[slot]);
+    assert!(served.tree("late").join("bin/tool").exists());
+    assert!(served.image(&layers[0]).exists());
+    assert!(served.server.settle(LONG));
+    assert_eq!(fs::read_dir(served.dir.path().join("snapshots")).unwrap().count(), 1);
+    let told = rustix::fs::statvfs(served.tree("late")).unwrap();
+    assert_eq!(told.f_frsize * told.f_blocks, fs::metadata(served.image(&layers[0])).unwrap().len());
+}
+
+#[test]
+fn only_root_sees_snapshots_and_layers() {
+    let served = Served::start();
+    let slot = served.layer(&two_layers()[0]);
+    served.snapshot("one", &[slot]);
+    let bound = tempfile::tempdir().unwrap();
+    fs::set_permissions(bound.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let may = |path: &Path| {
+        let id = "65534";
+        let path = path.to_str().unwrap();
+        let arguments = ["--reuid", id, "--regid", id, "--clear-groups", "--", "ls", path];
+        std::process::Command::new("setpriv").args(arguments).output().unwrap().status.success()
+    };
+    for name in ["snapshots", "layers"] {
+        assert!(!may(&served.dir.path().join(name)), "{name}");
+    }
+    rustix::mount::mount_bind(served.tree("one"), bound.path()).unwrap();
+    let bound = Mounted(bound.keep());
+    assert!(may(&bound.0) && may(&bound.0.join("etc")));
+}

@@ -22,6 +22,7 @@
 //! | 5 | `vfs` | inodes, lookups, directories, reads of a merged snapshot |
 //! | 5 | `unpack` | layers brought to local: background fills and pulls |
 //! | 5 | `convert` | pull, rebuild, push |
+//! | 5 | `drivers` | layer images mounted by the kernel and handed over to local files |
 //! | 6 | `fuse` | the kernel's FUSE protocol |
 //! | 6 | `serve` | a read-only distribution endpoint for experiments |
 //! | 6 | `control` | the local socket the command line talks to |
@@ -35,6 +36,7 @@ pub mod cli;
 pub mod control;
 pub mod convert;
 pub mod daemon;
+pub mod drivers;
 pub mod erofs;
 pub mod fetch;
 pub mod fuse;

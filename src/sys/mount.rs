@@ -218,9 +218,31 @@ pub fn unmount(path: &Path, how: Unmount) -> Result<(), MountError> {
     }
 }
 
-/// Stacks a writable overlayfs on `lower` and mounts it on `target` (root only). What is written goes to `dir/upper`;
-/// `dir/work` is overlayfs's own. Both are made if they are missing and stay when the mount is gone, so that the next
-/// one shows the same changes.
+/// The directories of a writable layer that is kept in `dir`: what is written goes to `dir/upper`, `dir/work` is
+/// overlayfs's own. Both are made if they are missing.
+///
+/// # Errors
+/// See [`MountError`].
+pub fn writable_layer(dir: &Path) -> Result<(PathBuf, PathBuf), MountError> {
+    let dir = match dir.canonicalize() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => fs::create_dir(dir).and_then(|()| dir.canonicalize()),
+        other => other,
+    }
+    .map_err(|error| MountError::system("prepare upper directory", dir, error))?;
+    let make = |name| {
+        let path = dir.join(name);
+        match fs::create_dir(&path) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                Err(MountError::system("create", &path, error))
+            }
+            _ => Ok(path),
+        }
+    };
+    Ok((make("upper")?, make("work")?))
+}
+
+/// Stacks a writable overlayfs on `lower` and mounts it on `target` (root only): see [`writable_layer`] about `dir`, which
+/// stays when the mount is gone, so that the next one shows the same changes.
 ///
 /// The overlay holds what is mounted on `lower` by itself: `lower` may be unmounted while the overlay is in use, and
 /// what was mounted there ends with the overlay.
@@ -228,26 +250,15 @@ pub fn unmount(path: &Path, how: Unmount) -> Result<(), MountError> {
 /// # Errors
 /// See [`MountError`].
 pub fn mount_writable(lower: &Path, dir: &Path, target: &Path) -> Result<(), MountError> {
-    let dir = match dir.canonicalize() {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => fs::create_dir(dir).and_then(|()| dir.canonicalize()),
-        other => other,
-    }
-    .map_err(|error| MountError::system("prepare upper directory", dir, error))?;
+    let (upper, work) = writable_layer(dir)?;
     let mut options = b"lowerdir=".to_vec();
     options.extend(escape_option(lower.as_os_str()));
-    for (option, name) in [(",upperdir=", "upper"), (",workdir=", "work")] {
-        let path = dir.join(name);
-        match fs::create_dir(&path) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                return Err(MountError::system("create", &path, error));
-            }
-            _ => {}
-        }
+    for (option, path) in [(",upperdir=", upper), (",workdir=", work)] {
         options.extend_from_slice(option.as_bytes());
         options.extend(escape_option(path.as_os_str()));
     }
     let options = CString::new(options)
-        .map_err(|error| MountError::system("mount overlay with upper directory", &dir, io::Error::from(error)))?;
+        .map_err(|error| MountError::system("mount overlay with upper directory", dir, io::Error::from(error)))?;
     rustix::mount::mount("headstart", target, "overlay", MountFlags::empty(), options.as_c_str())
         .map_err(|errno| MountError::system("mount a writable overlay on", target, errno))
 }

@@ -14,6 +14,7 @@ use crate::daemon::host::NeverLocal;
 use crate::daemon::host::NoSuchMount;
 use crate::daemon::image::UnsupportedData;
 use crate::daemon::mounts::MountsError;
+use crate::drivers::{DriverError, UnknownDriver};
 use crate::erofs;
 use crate::erofs::writer::TreeError;
 use crate::fetch::FetchError;
@@ -25,6 +26,7 @@ use crate::overlay;
 use crate::registry::{Attempts, HostsError, RegistryError, TryError};
 use crate::serve::ServeError;
 use crate::store::StoreError;
+use crate::sys::loopdev::LoopError;
 use crate::sys::mount::MountError;
 use crate::tar::TarError;
 use crate::tar::decompress::DecompressError;
@@ -71,6 +73,9 @@ pub(super) fn known(error: &(dyn std::error::Error + 'static)) -> Option<Problem
         AssembleError => of_assemble,
         MountError => |error: &MountError| Some(of_mount(error)),
         MountsError => of_mounts,
+        LoopError => |error: &LoopError| Some(of_loop(error)),
+        DriverError => of_driver,
+        UnknownDriver => |_: &UnknownDriver| Some(Problem::Usage),
         BrowseError => of_browse,
         NoSuchMount => |_: &NoSuchMount| Some(Problem::NotFound),
         UnsupportedData => |_: &UnsupportedData| Some(Problem::Unsupported),
@@ -403,6 +408,27 @@ fn of_mount(error: &MountError) -> Problem {
         MountError::Helper { .. } => Problem::Denied,
         MountError::System { source, .. } => of_io(source),
     }
+}
+
+fn of_loop(error: &LoopError) -> Problem {
+    match error {
+        LoopError::None(_) | LoopError::NoNode { .. } => Problem::Unsupported,
+        LoopError::Exhausted(_) | LoopError::Elsewhere { .. } => Problem::Local,
+        LoopError::Size { .. } => Problem::Corrupt,
+        LoopError::System { source, .. } | LoopError::File { source, .. } => of_io(source),
+    }
+}
+
+fn of_driver(error: &DriverError) -> Option<Problem> {
+    Some(match error {
+        DriverError::Slow { .. } | DriverError::NotMounted(_) | DriverError::NoFile(_) => Problem::Local,
+        DriverError::Loop { source, .. } => of_loop(source),
+        DriverError::Refused { source, .. } | DriverError::Stack(source) => of_mount(source),
+        DriverError::Size { .. } => Problem::Corrupt,
+        DriverError::Empty | DriverError::Uneven { .. } => Problem::Unsupported,
+        DriverError::Owned(_) => Problem::MountPoint,
+        DriverError::Io { source, .. } => of_io(source),
+    })
 }
 
 fn of_mounts(error: &MountsError) -> Option<Problem> {

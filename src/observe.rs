@@ -12,6 +12,25 @@ pub enum Unit {
     Chunks,
     /// Requests to a source of blobs.
     Requests,
+    /// Seconds.
+    Seconds,
+    /// Mounts.
+    Mounts,
+    /// Yes (1) or no (0).
+    Truth,
+}
+
+impl Unit {
+    /// The word behind the name of what it counts, in Prometheus's text; chunks, requests and mounts name themselves.
+    pub const fn suffix(self) -> &'static str {
+        match self {
+            Self::Bytes => "_bytes",
+            Self::Chunks => "_chunks",
+            Self::Requests => "_requests",
+            Self::Seconds => "_seconds",
+            Self::Mounts | Self::Truth => "",
+        }
+    }
 }
 
 /// A number that only grows.
@@ -39,4 +58,12 @@ pub const FETCH_METRICS: [Metric; 8] = [
     metric("retries", Unit::Requests, "requests sent again because the one before broke off"),
     metric("corrupt", Unit::Chunks, "chunks whose bytes were wrong"),
     metric("disk_full", Unit::Chunks, "chunks that found the disk full"),
+];
+
+/// How a serving process stands at a moment; these go up and down.
+pub const HOST_METRICS: [Metric; 4] = [
+    metric("mounts", Unit::Mounts, "mounts that are served"),
+    metric("uptime", Unit::Seconds, "time since the daemon began"),
+    metric("resident", Unit::Bytes, "memory that the daemon occupies"),
+    metric("ready", Unit::Truth, "whether the mounts of a daemon before this one are back"),
 ];

@@ -66,6 +66,7 @@ impl From<Level> for LogLevel {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     Convert(Convert),
+    Daemon(Daemon),
     Mount(Mount),
     #[command(alias = "unmount")]
     Umount(Umount),
@@ -122,9 +123,17 @@ pub(crate) enum Compat {
     Containerd23,
 }
 
+/// Serve mounts until a signal asks for the end; `mount` and the other commands use it while it runs.
+///
+/// There is one for each root. SIGTERM ends it and its mounts, SIGHUP has it read log level, logins and hosts again. What a
+/// killed one had mounted is mounted again by the next.
+#[derive(Debug, Args)]
+pub(crate) struct Daemon {}
+
 /// Mount an image; its layers are fetched when they are read.
 ///
-/// Returns when the mount is usable. A process of its own serves it until `headstart umount DIR`.
+/// Returns when the mount is usable. The daemon of this root serves it, or, where none runs, a process of its own, until
+/// `headstart umount DIR`.
 #[derive(Debug, Args)]
 pub(crate) struct Mount {
     /// The image to mount: one that `headstart convert` (or another EROFS converter) made
@@ -143,6 +152,9 @@ pub(crate) struct Mount {
     /// Serve from this process until it is interrupted
     #[arg(long)]
     pub(crate) foreground: bool,
+    /// Serve from a process of its own even if the daemon runs
+    #[arg(long)]
+    pub(crate) no_daemon: bool,
     /// Which image of a multi-platform one [default: this machine's]
     #[arg(long, value_name = "PLATFORM")]
     pub(crate) platform: Option<Platform>,
@@ -305,6 +317,8 @@ mod tests {
              --chunk-size 1MiB --level 9 --jobs 2",
             "convert oci:a oci:b --all-platforms",
             "mount localhost:5000/a:b /mnt --driver fuse --upper /up --foreground",
+            "mount oci:a /mnt --no-daemon",
+            "daemon --config /c --root /r",
             "umount /mnt",
             "unmount --lazy /mnt",
             "mount --no-fill oci:a /mnt",

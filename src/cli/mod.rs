@@ -45,6 +45,7 @@ fn run(context: &Context, command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Mount(arguments) => commands::mount::mount(context, &arguments),
         Command::Umount(arguments) => commands::umount::umount(context, &arguments),
+        Command::Daemon(_) => commands::daemon::run(context),
         Command::Status(_) => commands::status::status(context),
         Command::Pull(arguments) => commands::pull::pull(context, &arguments),
         Command::Wait(arguments) => commands::pull::wait(context, &arguments),

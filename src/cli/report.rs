@@ -57,6 +57,13 @@ pub(crate) fn fault(error: &anyhow::Error) -> Fault {
 #[error("{}", .0.message)]
 pub(crate) struct Relayed(pub(crate) Failure);
 
+/// Tells on the standard error what is good to know.
+pub(crate) fn note(text: &str) {
+    let mut err = std::io::stderr().lock();
+    // If the standard error is gone, nobody wants to know.
+    writeln!(err, "headstart: {text}").ok();
+}
+
 /// Tells a failure on the standard error.
 pub(crate) fn print(failure: &Failure, json: bool) {
     let mut err = std::io::stderr().lock();

@@ -222,6 +222,7 @@ mod tests {
                 driver: "fuse".to_owned(),
                 pid: 7,
                 upper: None,
+                no_fill: false,
                 daemon: None,
             },
             driver_why: None,

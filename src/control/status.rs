@@ -55,6 +55,9 @@ pub struct MountRecord {
     pub pid: u32,
     /// Directory of the writable layer on top, if there is one.
     pub upper: Option<PathBuf>,
+    /// It brings only what is read.
+    #[serde(default)]
+    pub no_fill: bool,
     /// The daemon's control socket, if the daemon serves it; else it has a process and a socket of its own.
     #[serde(default)]
     pub daemon: Option<PathBuf>,

@@ -12,6 +12,8 @@ use super::host::{Host, MountRequest, Mounted};
 use crate::control::{
     DaemonStatus, Fault, Health, HostStatus, MountAsked, MountStatus, Served, UmountAsked, WaitAsked,
 };
+use crate::fetch::Counters;
+use crate::observe::HOST_METRICS;
 use crate::sys::mount::{self, Unmount};
 
 /// Tells which kind of failure an error is: a table of the floor above.
@@ -37,6 +39,17 @@ impl Api {
     /// Says whether the host has everything that it should have.
     pub fn set_ready(&self, ready: bool) {
         self.ready.store(ready, Ordering::Relaxed);
+    }
+
+    /// What fetching has cost.
+    pub(super) fn counters(&self) -> Counters {
+        self.host.counters()
+    }
+
+    /// The numbers of `HOST_METRICS`, in that order.
+    pub(super) fn gauges(&self) -> [u64; HOST_METRICS.len()] {
+        let mounts = u64::try_from(self.host.mounts().len()).unwrap_or(u64::MAX);
+        [mounts, self.host.uptime().as_secs(), resident_bytes(), u64::from(self.health().ready)]
     }
 
     /// Does `work` and puts what goes wrong into words.

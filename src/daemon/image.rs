@@ -192,6 +192,21 @@ impl House {
         }
     }
 
+    /// The documents of an image that was open before, from what was kept of it alone.
+    ///
+    /// # Errors
+    /// They are not kept any more, or are unusable.
+    pub async fn kept_documents(&self, reference: &Reference, manifest: BlobDigest) -> anyhow::Result<Documents> {
+        let source = self.transports.open(reference).await?;
+        let documents = self.documents_of(reference, &source, manifest)?;
+        documents.with_context(|| format!("cannot open {reference} without its registry: {manifest} is not kept"))
+    }
+
+    /// Lets changed logins and hosts count from now on.
+    pub fn forget_registries(&self) {
+        self.transports.forget_registries();
+    }
+
     /// Opens the layers of an image for lazy reading.
     ///
     /// # Errors
@@ -213,19 +228,24 @@ impl House {
 
     /// What was kept under `key`, if all of it is still there.
     fn kept(&self, reference: &Reference, source: &ImageSource, key: &str) -> anyhow::Result<Option<Documents>> {
-        let Some(record) = self.store.reference(key)? else { return Ok(None) };
-        let Some(bytes) = self.store.document(&record.manifest)? else { return Ok(None) };
+        match self.store.reference(key)? {
+            Some(record) => self.documents_of(reference, source, record.manifest),
+            None => Ok(None),
+        }
+    }
+
+    /// The documents behind a manifest that is kept.
+    fn documents_of(
+        &self,
+        reference: &Reference,
+        source: &ImageSource,
+        digest: BlobDigest,
+    ) -> anyhow::Result<Option<Documents>> {
+        let Some(bytes) = self.store.document(&digest)? else { return Ok(None) };
         let Document::Manifest(manifest) = Document::parse(&bytes, None)? else { return Ok(None) };
         let Some(bytes) = self.store.document(&manifest.config.digest)? else { return Ok(None) };
         let config = oci::Config::parse_verified(bytes, &manifest.config)?;
-        let documents = Documents {
-            reference: reference.clone(),
-            digest: record.manifest,
-            manifest,
-            config,
-            source: source.clone(),
-        };
-        Ok(Some(documents))
+        Ok(Some(Documents { reference: reference.clone(), digest, manifest, config, source: source.clone() }))
     }
 
     fn keep(&self, image: &ResolvedImage, keys: &[&str]) -> anyhow::Result<()> {

@@ -24,6 +24,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use crate::control::MountRecord;
 use crate::model::{Algorithm, Digest};
+use crate::sys::mount;
 use crate::sys::{FileLock, LockMode};
 
 /// Why the mounts of a root could not be looked at or changed.
@@ -112,6 +113,18 @@ impl Place {
 
     /// Removes everything but the log, which tells why. The lock is held, and goes last.
     fn clear(&self) -> Result<(), MountsError> {
+        let lower = self.file(".lower");
+        // A process that died while it put a writable layer on top left its mount there.
+        if mount::is_ours(&lower).is_ok_and(|ours| ours)
+            && let Err(error) = mount::unmount(&lower, mount::Unmount::Lazy)
+        {
+            let error: &dyn std::error::Error = &error;
+            tracing::warn!(error, "the mount below a writable layer stays behind");
+        }
+        match fs::remove_dir(&lower) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(io_error("remove", &lower)(error)),
+            _ => {}
+        }
         for path in [self.file(".sock"), self.record(), self.lock()] {
             match fs::remove_file(&path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -174,7 +187,7 @@ impl Mounts {
     pub fn claim(&self, mount_point: &Path) -> Result<Claim, MountsError> {
         let place = self.place(mount_point);
         let lock = place.take()?.ok_or_else(|| MountsError::Taken(mount_point.to_owned()))?;
-        Ok(Claim { place, _lock: lock })
+        Ok(Claim { place, leaves_record: false, _lock: lock })
     }
 }
 
@@ -268,6 +281,7 @@ impl Process {
 #[derive(Debug)]
 pub struct Claim {
     place: Place,
+    leaves_record: bool,
     _lock: FileLock,
 }
 
@@ -280,6 +294,16 @@ impl Claim {
         let (path, fresh) = (self.place.record(), self.place.file(".new"));
         let bytes = serde_json::to_vec_pretty(record).expect("plain fields always have a JSON form");
         fs::write(&fresh, bytes).and_then(|()| fs::rename(&fresh, &path)).map_err(io_error("write", &path))
+    }
+
+    /// Lets go of the mount point and leaves `record` there, as that of a mount that is dead.
+    ///
+    /// # Errors
+    /// A record that cannot be written.
+    pub fn leave(mut self, record: &MountRecord) -> Result<(), MountsError> {
+        self.publish(record)?;
+        self.leaves_record = true;
+        Ok(())
     }
 
     /// The control socket to listen on.
@@ -302,12 +326,8 @@ impl Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        let lower = self.place.file(".lower");
-        match fs::remove_dir(&lower) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                tracing::warn!(path = %lower.display(), %error, "cannot remove the directory of the lower mount");
-            }
-            _ => {}
+        if self.leaves_record {
+            return;
         }
         if let Err(error) = self.place.clear() {
             let error: &dyn std::error::Error = &error;
@@ -329,6 +349,7 @@ mod tests {
             driver: "fuse".to_owned(),
             pid: 1,
             upper: None,
+            no_fill: false,
             daemon: None,
         }
     }

@@ -23,6 +23,25 @@ pub struct Counters {
     pub disk_full: u64,
 }
 
+impl Counters {
+    /// Adds what somebody else has counted.
+    pub fn add(&mut self, other: &Self) {
+        let Self { fetched, needed, read, chunks, requests, retries, corrupt, disk_full } = other;
+        for (sum, more) in [
+            (&mut self.fetched, fetched),
+            (&mut self.needed, needed),
+            (&mut self.read, read),
+            (&mut self.chunks, chunks),
+            (&mut self.requests, requests),
+            (&mut self.retries, retries),
+            (&mut self.corrupt, corrupt),
+            (&mut self.disk_full, disk_full),
+        ] {
+            *sum = sum.saturating_add(*more);
+        }
+    }
+}
+
 /// The same, being counted.
 #[derive(Debug, Default)]
 pub(super) struct Counting {

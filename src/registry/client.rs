@@ -110,6 +110,13 @@ impl Client {
         }))
     }
 
+    /// Forgets what was read of servers' settings, their tokens and connections, so that changed files count from now on.
+    /// Requests that are under way are not touched.
+    pub fn forget_servers(&self) {
+        lock(&self.0.registries).clear();
+        lock(&self.0.redirects).clear();
+    }
+
     pub(super) fn patience(&self) -> &Patience {
         &self.0.config.patience
     }

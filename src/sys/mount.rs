@@ -112,6 +112,15 @@ pub fn mounted_on(path: &Path) -> io::Result<Option<MountEntry>> {
     Ok(mount_table()?.into_iter().rev().find(|entry| entry.mount_point == path))
 }
 
+/// True if the topmost mount on exactly `path` was made by this program, living or dead.
+///
+/// # Errors
+/// `/proc` could not be read.
+pub fn is_ours(path: &Path) -> Result<bool, MountError> {
+    let top = mounted_on(path).map_err(|error| MountError::system("read mounts for", path, error))?;
+    Ok(top.is_some_and(|found| found.kind == super::fuse::MOUNT_KIND || found.source == "headstart"))
+}
+
 /// Reads `/proc/self/mountinfo` (`Documentation/filesystems/proc.rst`, section 3.5). Lines of another form are left out.
 fn parse_table(table: &[u8]) -> Vec<MountEntry> {
     table.split(|byte| *byte == b'\n').filter_map(parse_line).collect()

@@ -35,6 +35,11 @@ impl Transports {
         Self { client, spool: Arc::new(spool) }
     }
 
+    /// Forgets what was read of registries' settings and logins, so that changed files count from now on.
+    pub fn forget_registries(&self) {
+        self.client.forget_servers();
+    }
+
     /// Opens a reference for reading. Registries are not contacted yet.
     ///
     /// # Errors

@@ -7,6 +7,7 @@ mod chunked;
 mod cli;
 mod convert_image;
 mod convert_layer;
+mod daemon;
 mod drivers;
 mod erofs_abuse;
 mod erofs_reader;

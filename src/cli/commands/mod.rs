@@ -1,6 +1,7 @@
 //! One file per command, or per pair of commands that belong together.
 
 pub(crate) mod convert;
+pub(crate) mod daemon;
 pub(crate) mod files;
 pub(crate) mod look;
 pub(crate) mod manual;
@@ -20,33 +21,32 @@ use super::logging;
 use crate::daemon::config::{Config, LogLevel, Surroundings};
 
 /// What every command gets: the configuration with the options applied, and how to print.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Context {
     pub(crate) config: Config,
     /// The file that `--config` names, for processes that are started.
     pub(crate) config_file: Option<PathBuf>,
     pub(crate) json: bool,
-    log_level_given: bool,
+    global: Global,
 }
 
 impl Context {
     pub(crate) fn new(global: &Global) -> anyhow::Result<Self> {
-        let mut config = Config::load(global.config.as_deref(), &Surroundings::of_this_process())?;
-        if let Some(root) = &global.root {
-            config.root = std::path::absolute(root).with_context(|| format!("cannot use root {}", root.display()))?;
-        }
-        if let Some(level) = global.log_level {
-            config.log_level = level.into();
-        }
+        let config = load(global)?;
         logging::start(config.log_level);
         let config_file = global.config.as_deref().map(std::path::absolute).transpose()?;
-        Ok(Self { config, config_file, json: global.json, log_level_given: global.log_level.is_some() })
+        Ok(Self { config, config_file, json: global.json, global: global.clone() })
+    }
+
+    /// The configuration as it is by now, with the same options applied.
+    pub(crate) fn load(&self) -> anyhow::Result<Config> {
+        load(&self.global)
     }
 
     /// How much a serving process logs: what the option says, else one line for each thing that happened at least.
-    pub(crate) fn serving_log_level(&self) -> LogLevel {
-        match self.config.log_level {
-            LogLevel::Error | LogLevel::Warn if !self.log_level_given => LogLevel::Info,
+    pub(crate) fn serving_log_level(&self, config: &Config) -> LogLevel {
+        match config.log_level {
+            LogLevel::Error | LogLevel::Warn if self.global.log_level.is_none() => LogLevel::Info,
             level => level,
         }
     }
@@ -57,4 +57,15 @@ impl Context {
         rustls::crypto::ring::default_provider().install_default().ok();
         Builder::new_multi_thread().worker_threads(2).enable_all().build().context("cannot start the runtime")
     }
+}
+
+fn load(global: &Global) -> anyhow::Result<Config> {
+    let mut config = Config::load(global.config.as_deref(), &Surroundings::of_this_process())?;
+    if let Some(root) = &global.root {
+        config.root = std::path::absolute(root).with_context(|| format!("cannot use root {}", root.display()))?;
+    }
+    if let Some(level) = global.log_level {
+        config.log_level = level.into();
+    }
+    Ok(config)
 }

@@ -10,10 +10,11 @@ use std::process::{Command, ExitCode, Stdio};
 use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
 
-use super::Context;
+use super::{Context, daemon};
 use crate::cli::args;
 use crate::cli::exit::{Problem, Told};
-use crate::cli::report::{Failure, Relayed, fault};
+use crate::cli::report::{self, Failure, Relayed, fault};
+use crate::control::MountAsked;
 use crate::daemon::host::MountRequest;
 use crate::daemon::image;
 use crate::daemon::mounts::Mounts;
@@ -49,7 +50,20 @@ pub(crate) fn mount(context: &Context, arguments: &args::Mount) -> anyhow::Resul
         serving::serve(&context.config, request, runtime.handle(), fault, || Ok(()))?;
         return Ok(ExitCode::SUCCESS);
     }
-    start(context, &request)?;
+    match daemon::find(context)?.filter(|_| !arguments.no_daemon) {
+        Some((holder, client)) => {
+            let asked = MountAsked {
+                image: request.image.to_string(),
+                mount_point: request.mount_point,
+                platform: request.platform.map(|platform| platform.to_string()),
+                upper: request.upper,
+                no_fill: !request.fill,
+            };
+            context.runtime()?.block_on(client.mount(&asked))?;
+            report::note(&format!("mounted by the daemon (process {})", holder.pid));
+        }
+        None => start(context, &request)?,
+    }
     Ok(ExitCode::SUCCESS)
 }
 
@@ -63,7 +77,7 @@ fn start(context: &Context, request: &MountRequest) -> anyhow::Result<()> {
     if let Some(config) = &context.config_file {
         command.arg("--config").arg(config);
     }
-    command.args(["--log-level", context.serving_log_level().name()]);
+    command.args(["--log-level", context.serving_log_level(&context.config).name()]);
     command.arg("mount").arg("--serving-process");
     if let Some(platform) = &request.platform {
         command.arg("--platform").arg(platform.to_string());

@@ -1,30 +1,34 @@
 //! `headstart status`.
 
-use std::path::PathBuf;
+use std::collections::{BTreeMap, btree_map};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
-use indicatif::HumanBytes;
+use indicatif::{HumanBytes, HumanDuration};
 use serde::Serialize;
 use tokio::runtime::Runtime;
 
-use super::Context;
+use super::{Context, daemon};
 use crate::cli::output;
-use crate::control::{Client, ControlError, LayerState, MountRecord, MountStatus};
+use crate::control::{Client, ControlError, DaemonStatus, HostStatus, LayerState, MountRecord, MountStatus};
 use crate::daemon::mounts::{Entry, Mounts};
 
 pub(crate) fn status(context: &Context) -> anyhow::Result<ExitCode> {
     let entries = Mounts::look(&context.config.root)?;
-    let runtime = context.runtime()?;
+    let mut hosts = Hosts { runtime: context.runtime()?, told: BTreeMap::new() };
+    let daemon = match daemon::find(context)? {
+        Some((holder, _)) => hosts.ask(&holder.socket).ok().map(|told| told.daemon.clone()),
+        None => None,
+    };
     let mut mounts = Vec::with_capacity(entries.len());
     for entry in entries {
-        if let Some(seen) = see(&runtime, &entry)? {
-            mounts.push(seen);
-        }
+        mounts.extend(see(&mut hosts, &entry)?);
     }
     if context.json {
-        output::json(&Mounted { mounts })?;
+        output::json(&Mounted { daemon, mounts })?;
     } else {
-        output::line(&table(&mounts))?;
+        output::line(&table(daemon.as_ref(), &mounts))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -32,6 +36,8 @@ pub(crate) fn status(context: &Context) -> anyhow::Result<ExitCode> {
 /// What `status --json` prints.
 #[derive(Debug, Serialize)]
 struct Mounted {
+    /// Null if none runs.
+    daemon: Option<DaemonStatus>,
     mounts: Vec<Seen>,
 }
 
@@ -54,12 +60,27 @@ enum State {
     Dead,
 }
 
+/// The serving processes, each asked once.
+struct Hosts {
+    runtime: Runtime,
+    told: BTreeMap<PathBuf, HostStatus>,
+}
+
+impl Hosts {
+    fn ask(&mut self, socket: &Path) -> Result<&HostStatus, ControlError> {
+        match self.told.entry(socket.to_owned()) {
+            btree_map::Entry::Occupied(told) => Ok(told.into_mut()),
+            btree_map::Entry::Vacant(fresh) => Ok(fresh.insert(self.runtime.block_on(Client::new(socket).status())?)),
+        }
+    }
+}
+
 /// What there is to tell of a mount; nothing if it is about to end.
-fn see(runtime: &Runtime, entry: &Entry) -> anyhow::Result<Option<Seen>> {
+fn see(hosts: &mut Hosts, entry: &Entry) -> anyhow::Result<Option<Seen>> {
     if !entry.alive {
         return Ok(Some(dead(entry)));
     }
-    let told = match runtime.block_on(Client::new(entry.socket()).status()) {
+    let told = match hosts.ask(&entry.socket()) {
         Ok(told) => told,
         // A process that lives and does not listen any more has unmounted.
         Err(ControlError::Gone { .. }) => {
@@ -74,25 +95,37 @@ fn see(runtime: &Runtime, entry: &Entry) -> anyhow::Result<Option<Seen>> {
             };
         }
     };
-    let status = told.mounts.into_iter().find(|mount| mount.record.mount_point == entry.record.mount_point);
-    Ok(status.map(|status| Seen { state: State::Serving, log: entry.log(), status }))
+    let status = told.mounts.iter().find(|mount| mount.record.mount_point == entry.record.mount_point);
+    Ok(status.map(|status| Seen { state: State::Serving, log: entry.log(), status: status.clone() }))
 }
 
 fn dead(entry: &Entry) -> Seen {
     Seen { state: State::Dead, log: entry.log(), status: MountStatus::of_record(entry.record.clone()) }
 }
 
-fn table(mounts: &[Seen]) -> String {
-    if mounts.is_empty() {
-        return "nothing is mounted".to_owned();
-    }
+fn table(daemon: Option<&DaemonStatus>, mounts: &[Seen]) -> String {
     let mut lines = Vec::new();
+    if let Some(DaemonStatus { health, uptime_seconds, resident_bytes, connections }) = daemon {
+        lines.push(format!(
+            "daemon {} (process {}) for {}, {} of memory, {connections} FUSE connections{}",
+            health.version,
+            health.pid,
+            HumanDuration(Duration::from_secs(*uptime_seconds)),
+            HumanBytes(*resident_bytes),
+            if health.ready { "" } else { ", not ready" }
+        ));
+    }
+    if mounts.is_empty() {
+        lines.push("nothing is mounted".to_owned());
+    }
     for Seen { state, log, status } in mounts {
         let MountRecord { image, mount_point, driver, pid, .. } = &status.record;
         lines.push(format!("{image} on {}", mount_point.display()));
         match state {
             State::Serving => lines.push(format!(
-                "  served by process {pid} (driver {driver}), {} fetched, {} demanded",
+                "  served by {} {pid} (driver {driver}{}), {} fetched, {} demanded",
+                if status.record.daemon.is_some() { "daemon" } else { "process" },
+                status.driver_why.as_ref().map(|why| format!(": {why}")).unwrap_or_default(),
                 HumanBytes(status.bytes_fetched),
                 HumanBytes(status.bytes_demanded)
             )),

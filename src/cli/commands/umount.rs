@@ -45,10 +45,7 @@ pub(crate) fn umount(context: &Context, arguments: &args::Umount) -> anyhow::Res
 
 /// Takes away what a dead process left: its mount, then its record.
 fn unmount_stale(mount_point: &Path, lazy: bool, entry: Option<&Entry>) -> anyhow::Result<ExitCode> {
-    let table = kernel::mount_table().context("cannot read the mounts of this machine")?;
-    let top = table.iter().rev().find(|found| found.mount_point == mount_point);
-    let ours = top.is_some_and(|found| found.kind == crate::sys::fuse::MOUNT_KIND || found.source == "headstart");
-    match (ours, entry) {
+    match (kernel::is_ours(mount_point)?, entry) {
         (true, _) => serving::unmount_orphan(mount_point, lazy)?,
         (false, Some(_)) => {}
         (false, None) => {
@@ -63,7 +60,7 @@ fn unmount_stale(mount_point: &Path, lazy: bool, entry: Option<&Entry>) -> anyho
 }
 
 /// The absolute name of a mount point without links, found without touching what is mounted there: that may be dead.
-pub(super) fn place_of(dir: &Path) -> anyhow::Result<PathBuf> {
+pub(crate) fn place_of(dir: &Path) -> anyhow::Result<PathBuf> {
     let dir = std::path::absolute(dir)?;
     let (Some(above), Some(name)) = (dir.parent(), dir.file_name()) else { return Ok(dir) };
     let above = above.canonicalize().with_context(|| format!("cannot find {}", dir.display()))?;

@@ -10,10 +10,10 @@ use crate::convert::ImageError;
 use crate::convert::layer::LayerError;
 use crate::daemon::browse::BrowseError;
 use crate::daemon::config::ConfigError;
-use crate::daemon::host::NeverLocal;
-use crate::daemon::host::NoSuchMount;
+use crate::daemon::host::{Closed, NeverLocal, NoSuchMount};
 use crate::daemon::image::UnsupportedData;
 use crate::daemon::mounts::MountsError;
+use crate::daemon::place::PlaceError;
 use crate::drivers::{DriverError, UnknownDriver};
 use crate::erofs;
 use crate::erofs::writer::TreeError;
@@ -77,6 +77,8 @@ pub(super) fn known(error: &(dyn std::error::Error + 'static)) -> Option<Problem
         DriverError => of_driver,
         UnknownDriver => |_: &UnknownDriver| Some(Problem::Usage),
         BrowseError => of_browse,
+        Closed => |_: &Closed| Some(Problem::Unreachable),
+        PlaceError => of_place,
         NoSuchMount => |_: &NoSuchMount| Some(Problem::NotFound),
         UnsupportedData => |_: &UnsupportedData| Some(Problem::Unsupported),
         LayoutError => of_layout,
@@ -435,6 +437,13 @@ fn of_mounts(error: &MountsError) -> Option<Problem> {
     match error {
         MountsError::Io { source, .. } => Some(of_io(source)),
         MountsError::Taken(_) => Some(Problem::MountPoint),
+    }
+}
+
+fn of_place(error: &PlaceError) -> Option<Problem> {
+    match error {
+        PlaceError::Io { source, .. } => Some(of_io(source)),
+        PlaceError::Taken { .. } => Some(Problem::Usage),
     }
 }
 

@@ -116,6 +116,8 @@ pub struct Surroundings {
     pub docker_config: Option<PathBuf>,
     /// `XDG_RUNTIME_DIR`.
     pub runtime_dir: Option<PathBuf>,
+    /// `NOTIFY_SOCKET`, of a service manager.
+    pub notify_socket: Option<OsString>,
 }
 
 impl Surroundings {
@@ -129,6 +131,7 @@ impl Surroundings {
             config_home: path("XDG_CONFIG_HOME"),
             docker_config: path("DOCKER_CONFIG"),
             runtime_dir: path("XDG_RUNTIME_DIR"),
+            notify_socket: std::env::var_os("NOTIFY_SOCKET").filter(|value| !value.is_empty()),
         }
     }
 
@@ -253,6 +256,21 @@ impl Config {
             }
             Err(source) => Err(ConfigError::Read { path, source }),
         }
+    }
+
+    /// The settings in which this differs from `other`, and which a daemon takes in only when it starts.
+    pub fn differences(&self, other: &Self) -> Vec<&'static str> {
+        let Self { root, run, log_level: _, registry, fetch, fill, sync_interval, daemon } = self;
+        let differ = [
+            ("root", *root != other.root),
+            ("run", *run != other.run),
+            ("registry", *registry != other.registry),
+            ("fetch", *fetch != other.fetch),
+            ("fill", *fill != other.fill),
+            ("store.sync_interval", *sync_interval != other.sync_interval),
+            ("daemon", *daemon != other.daemon),
+        ];
+        differ.into_iter().filter_map(|(key, differs)| differs.then_some(key)).collect()
     }
 
     fn parse(text: &str, path: &Path, surroundings: &Surroundings) -> Result<Self, ConfigError> {

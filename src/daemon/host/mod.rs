@@ -21,8 +21,9 @@ use tokio::sync::watch;
 
 use super::config::Config as Settings;
 use super::image::{Documents, House};
-use super::mounts::{Claim, Mounts};
+use super::mounts::{Claim, Entry, Mounts};
 use crate::control::MountRecord;
+use crate::fetch::{Counters, LayerImage};
 use crate::oci::{Platform, Reference};
 use crate::sys::mount::{self, MountError};
 use crate::unpack::{Fill, FillOptions, Persistence};
@@ -50,6 +51,11 @@ pub struct MountRequest {
 #[error("cannot find a mount of this process on {}", .0.display())]
 pub struct NoSuchMount(pub PathBuf);
 
+/// Too late for a mount.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot mount: the process that would serve it is about to end")]
+pub struct Closed;
+
 /// A process that serves mounts.
 #[derive(Debug)]
 pub struct Host {
@@ -69,7 +75,11 @@ pub struct Host {
 #[derive(Debug, Default)]
 struct Table {
     next: u64,
+    /// Nothing is mounted any more.
+    closed: bool,
     mounts: BTreeMap<u64, Arc<Mounted>>,
+    /// What the layers of mounts that are gone have cost.
+    retired: Counters,
 }
 
 impl Host {
@@ -146,12 +156,13 @@ impl Host {
                 driver: shown.driver().name.to_owned(),
                 pid: std::process::id(),
                 upper: request.upper,
+                no_fill: !request.fill,
                 daemon: host.daemon.clone(),
             };
             claim.publish(&record)?;
             let fill = fills.then(|| Fill::start(&host.runtime, &image.layers, host.fill_options()));
             let mounted = Arc::new(Mounted::new(image, shown, record, claim, fill));
-            host.enter(&mounted);
+            host.enter(&mounted)?;
             anyhow::Ok(mounted)
         });
         let mounted = mounting.await.context("cannot mount: the thread that does it broke down")??;
@@ -168,10 +179,49 @@ impl Host {
         FillOptions { start_delay: self.settings.fill.start_delay, persistence: Persistence::Forever }
     }
 
+    /// Mounts again what a dead daemon had recorded as `entry`, from what was kept of the image. What cannot be mounted
+    /// stays recorded.
+    ///
+    /// # Errors
+    /// Anything on the way there.
+    pub async fn bring_back(self: &Arc<Self>, entry: &Entry) -> anyhow::Result<()> {
+        let record = entry.record.clone();
+        let (host, dead) = (Arc::clone(self), record.clone());
+        let clearing = self.runtime.spawn_blocking(move || {
+            if mount::is_ours(&dead.mount_point)? {
+                mount::unmount(&dead.mount_point, mount::Unmount::Lazy)?;
+            }
+            let claim = host.records.claim(&dead.mount_point)?;
+            match mount::check_mount_point(&dead.mount_point) {
+                Ok(_) => Ok(claim),
+                Err(error) => {
+                    claim.leave(&dead)?;
+                    Err(anyhow::Error::new(error))
+                }
+            }
+        });
+        let claim = clearing.await.context("the thread that clears a mount point broke down")??;
+        let mounting = async {
+            let image: Reference = record.image.parse()?;
+            let documents = self.house.kept_documents(&image, record.manifest).await?;
+            let (mount_point, upper) = (record.mount_point.clone(), record.upper.clone());
+            let request = MountRequest { image, platform: None, mount_point, upper, fill: !record.no_fill };
+            self.mount_documents(claim, request, documents).await
+        };
+        match mounting.await {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                self.records.claim(&record.mount_point)?.leave(&record)?;
+                Err(error)
+            }
+        }
+    }
+
     /// Keeps `mounted` in the table until it is over.
-    fn enter(self: &Arc<Self>, mounted: &Arc<Mounted>) {
+    fn enter(self: &Arc<Self>, mounted: &Arc<Mounted>) -> anyhow::Result<()> {
         let number = {
             let mut table = self.table();
+            anyhow::ensure!(!table.closed, Closed);
             let number = table.next;
             table.next += 1;
             table.mounts.insert(number, Arc::clone(mounted));
@@ -185,13 +235,40 @@ impl Host {
                 let host = Arc::clone(&host);
                 move || {
                     mounted.release();
-                    host.table().mounts.remove(&number);
+                    host.retire(number);
                     tracing::info!(mount_point = %mounted.record().mount_point.display(), "unmounted");
                 }
             });
             removing.await.ok();
             host.tell_count();
         });
+        Ok(())
+    }
+
+    /// Takes a mount out of the table, and keeps in mind what its layers have cost.
+    fn retire(&self, number: u64) {
+        let mut table = self.table();
+        let Some(mounted) = table.mounts.remove(&number) else { return };
+        for layer in &mounted.image().layers {
+            let mut others = table.mounts.values().flat_map(|other| &other.image().layers);
+            if !others.any(|other| Arc::ptr_eq(other, layer)) {
+                table.retired.add(&layer.counters());
+            }
+        }
+    }
+
+    /// What fetching has cost so far, all mounts together, those that are gone included.
+    pub fn counters(&self) -> Counters {
+        let table = self.table();
+        let mut sum = table.retired;
+        let mut seen: Vec<&Arc<LayerImage>> = Vec::new();
+        for layer in table.mounts.values().flat_map(|mounted| &mounted.image().layers) {
+            if !seen.iter().any(|other| Arc::ptr_eq(other, layer)) {
+                sum.add(&layer.counters());
+                seen.push(layer);
+            }
+        }
+        sum
     }
 
     fn tell_count(&self) {
@@ -235,10 +312,11 @@ impl Host {
         self.count.subscribe().wait_for(|count| *count == 0).await.ok();
     }
 
-    /// Ends every mount, the latest first. One that is in use is taken away all the same, and served to those who have
+    /// Ends every mount, the latest first, and mounts no more. One that is in use is taken away all the same, and served to those who have
     /// files open for as long as `patience`.
     pub async fn shut_down(self: &Arc<Self>, patience: Duration) {
         let host = Arc::clone(self);
+        self.table().closed = true;
         let taking = self.runtime.spawn_blocking(move || {
             let mounts = host.mounts();
             mounts.iter().rev().for_each(|mounted| take_away_at_the_end(mounted));

@@ -5,4 +5,4 @@ mod commands;
 mod convert;
 mod mounts;
 mod pulls;
-mod stage;
+pub(crate) mod stage;

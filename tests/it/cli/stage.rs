@@ -18,14 +18,14 @@ use tempfile::TempDir;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A directory with a root in it. Everything that is mounted below goes with it.
-pub(super) struct Stage {
+pub(crate) struct Stage {
     dir: TempDir,
     /// Whether mounts are filled in the background.
     fills: bool,
 }
 
 impl Stage {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let dir = tempfile::Builder::new().prefix("headstart-cli").tempdir().unwrap();
         // Other users have to get in for their tests.
         fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
@@ -39,54 +39,58 @@ impl Stage {
         stage
     }
 
-    pub(super) fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
     /// A new directory.
-    pub(super) fn make(&self, name: &str) -> PathBuf {
+    pub(crate) fn make(&self, name: &str) -> PathBuf {
         let path = self.path(name);
         fs::create_dir(&path).unwrap();
         path
     }
 
-    pub(super) fn root(&self) -> PathBuf {
+    pub(crate) fn root(&self) -> PathBuf {
         self.path("root")
     }
 
     /// The program with this stage's root and nobody's settings.
-    pub(super) fn program(&self) -> Command {
+    pub(crate) fn program(&self) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_headstart"));
         self.settle(&mut command);
         command
     }
 
     /// Keeps settings of the machine away from `command`.
-    pub(super) fn settle(&self, command: &mut Command) {
+    pub(crate) fn settle(&self, command: &mut Command) {
         let config = self.path("config.toml");
         if !config.exists() {
             let certs = self.path("certs.d");
             let login = self.path("docker-config.json");
+            let run = self.path("run");
             let text = format!(
-                "[registry]\ncerts_d = [{certs:?}]\ndocker_config = {login:?}\nrounds = 2\n[fill]\nenabled = {}\n",
+                "run = {run:?}\n[registry]\ncerts_d = [{certs:?}]\ndocker_config = {login:?}\nrounds = 2\n[fill]\n\
+                 enabled = {}\n",
                 self.fills
             );
             fs::write(&config, text).unwrap();
         }
-        for name in ["HEADSTART_ROOT", "HEADSTART_CONFIG", "DOCKER_CONFIG", "XDG_DATA_HOME", "XDG_CONFIG_HOME"] {
+        for name in
+            ["HEADSTART_ROOT", "HEADSTART_CONFIG", "DOCKER_CONFIG", "XDG_DATA_HOME", "XDG_CONFIG_HOME", "NOTIFY_SOCKET"]
+        {
             command.env_remove(name);
         }
         command.env("HOME", self.dir.path()).env("NO_PROXY", "*");
         command.arg("--root").arg(self.root()).arg("--config").arg(config);
     }
 
-    pub(super) fn run(&self, arguments: &[&str]) -> Output {
+    pub(crate) fn run(&self, arguments: &[&str]) -> Output {
         self.program().args(arguments).output().expect("the program starts")
     }
 
     /// What a command prints that must succeed.
     #[track_caller]
-    pub(super) fn ok(&self, arguments: &[&str]) -> String {
+    pub(crate) fn ok(&self, arguments: &[&str]) -> String {
         let output = self.run(arguments);
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{arguments:?} failed with {}: {stderr}", output.status);
@@ -95,7 +99,7 @@ impl Stage {
 
     /// What a command prints as JSON that must succeed.
     #[track_caller]
-    pub(super) fn json(&self, arguments: &[&str]) -> Value {
+    pub(crate) fn json(&self, arguments: &[&str]) -> Value {
         let mut all = vec!["--json"];
         all.extend(arguments);
         serde_json::from_str(&self.ok(&all)).expect("the program prints JSON")
@@ -103,7 +107,7 @@ impl Stage {
 
     /// The exit code and the words of a command that must fail.
     #[track_caller]
-    pub(super) fn fails(&self, arguments: &[&str]) -> (i32, String) {
+    pub(crate) fn fails(&self, arguments: &[&str]) -> (i32, String) {
         let output = self.run(arguments);
         let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
         let code = output.status.code().unwrap_or_else(|| panic!("{arguments:?} was killed: {stderr}"));
@@ -112,16 +116,21 @@ impl Stage {
     }
 
     /// A layout of tar layers, and the same converted. Both are tagged `latest`.
-    pub(super) fn images(&self, tars: &[Vec<u8>]) -> (TestLayout, PathBuf) {
+    pub(crate) fn images(&self, tars: &[Vec<u8>]) -> (TestLayout, PathBuf) {
+        self.images_at("source", "converted", tars)
+    }
+
+    /// The same with names for both directories.
+    pub(crate) fn images_at(&self, source: &str, converted: &str, tars: &[Vec<u8>]) -> (TestLayout, PathBuf) {
         let layers: Vec<TestLayer> = tars.iter().map(|tar| TestLayer::of_tar(tar, Compression::Gzip)).collect();
-        let layout = write_layout(&self.path("source"), &layers).unwrap();
-        let (from, to) = (reference(&self.path("source")), reference(&self.path("converted")));
+        let layout = write_layout(&self.path(source), &layers).unwrap();
+        let (from, to) = (reference(&self.path(source)), reference(&self.path(converted)));
         self.ok(&["convert", &from, &to]);
-        (layout, self.path("converted"))
+        (layout, self.path(converted))
     }
 
     /// Serves a layout until the answer is dropped.
-    pub(super) fn serve(&self, layout: &Path, options: &[&str]) -> Registry {
+    pub(crate) fn serve(&self, layout: &Path, options: &[&str]) -> Registry {
         let log = self.path(&format!("access-{}.log", fs::read_dir(self.dir.path()).unwrap().count()));
         let mut child = self
             .program()
@@ -139,13 +148,13 @@ impl Stage {
 
     /// Takes one record of `status --json`.
     #[track_caller]
-    pub(super) fn status(&self) -> Vec<Value> {
+    pub(crate) fn status(&self) -> Vec<Value> {
         self.json(&["status"])["mounts"].as_array().expect("mounts are a list").clone()
     }
 
     /// Nothing of this stage is mounted, no state is left, and nothing lies in the making.
     #[track_caller]
-    pub(super) fn assert_clean(&self) {
+    pub(crate) fn assert_clean(&self) {
         let table = mount_table().unwrap();
         let left: Vec<_> = table.iter().filter(|entry| entry.mount_point.starts_with(self.dir.path())).collect();
         assert!(left.is_empty(), "still mounted: {left:?}");
@@ -168,33 +177,33 @@ impl Drop for Stage {
 }
 
 /// `oci:DIR:latest`.
-pub(super) fn reference(layout: &Path) -> String {
+pub(crate) fn reference(layout: &Path) -> String {
     format!("oci:{}:latest", layout.display())
 }
 
 /// A running `headstart serve`.
-pub(super) struct Registry {
+pub(crate) struct Registry {
     child: Child,
-    pub(super) address: String,
+    pub(crate) address: String,
     log: PathBuf,
 }
 
 /// One line of its access log.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Request {
-    pub(super) method: String,
-    pub(super) path: String,
-    pub(super) range: String,
-    pub(super) status: u16,
-    pub(super) bytes: u64,
+pub(crate) struct Request {
+    pub(crate) method: String,
+    pub(crate) path: String,
+    pub(crate) range: String,
+    pub(crate) status: u16,
+    pub(crate) bytes: u64,
 }
 
 impl Registry {
-    pub(super) fn image(&self) -> String {
+    pub(crate) fn image(&self) -> String {
         format!("{}/some/image:latest", self.address)
     }
 
-    pub(super) fn requests(&self) -> Vec<Request> {
+    pub(crate) fn requests(&self) -> Vec<Request> {
         let text = fs::read_to_string(&self.log).unwrap_or_default();
         let request = |line: &str| {
             let words: Vec<&str> = line.split(' ').skip(2).collect();
@@ -221,7 +230,7 @@ impl Drop for Registry {
 
 /// Waits until `done`, or fails with `what`.
 #[track_caller]
-pub(super) fn wait_until(what: &str, done: impl Fn() -> bool) {
+pub(crate) fn wait_until(what: &str, done: impl Fn() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !done() {
         assert!(Instant::now() < deadline, "{what} did not happen");
@@ -230,7 +239,7 @@ pub(super) fn wait_until(what: &str, done: impl Fn() -> bool) {
 }
 
 /// Bytes that no compressor makes smaller.
-pub(super) fn noise(seed: u64, length: usize) -> Vec<u8> {
+pub(crate) fn noise(seed: u64, length: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut bytes = Vec::with_capacity(length + 8);
     while bytes.len() < length {
@@ -256,7 +265,7 @@ pub(super) fn entry(path: &str, kind: EntryKind, permissions: u16) -> LayerEntry
 }
 
 /// A tar of directories (a path that ends in a slash) and files.
-pub(super) fn tar(files: &[(&str, &[u8])]) -> Vec<u8> {
+pub(crate) fn tar(files: &[(&str, &[u8])]) -> Vec<u8> {
     let mut tar = TarWriter::new();
     for (path, content) in files {
         match path.strip_suffix('/') {

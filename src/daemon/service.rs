@@ -1,0 +1,173 @@
+//! The daemon: a host that stays.
+//!
+//! Guarantees: one daemon per root and run directory. It begins without any registry: what a dead daemon left is taken
+//! away and mounted again from what was kept. It ends when it is asked to, mounts first, the latest first; a mount in use is
+//! taken away all the same, and served for [`DaemonSettings::stop_timeout`](super::config::DaemonSettings) to those who have
+//! files open. A second request to end does not wait for them.
+
+use std::ffi::OsString;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use futures::future::join_all;
+use tokio::runtime::Handle;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::oneshot;
+
+use super::api::{Api, Judge};
+use super::config::{Config as Settings, LogLevel};
+use super::host::Host;
+use super::metrics;
+use super::mounts::{Entry, Mounts};
+use super::notify::Notify;
+use super::place::Place;
+use crate::control::ControlServer;
+
+/// How long questions that are under way may take when everything else has ended.
+const LAST_ANSWERS: Duration = Duration::from_secs(1);
+
+/// What the daemon needs of the floor above.
+pub struct Above {
+    /// Which kind of failure an error is.
+    pub judge: Judge,
+    /// Reads the configuration again.
+    pub reload: Box<dyn Fn() -> anyhow::Result<Settings> + Send + Sync>,
+    /// Changes how much is logged.
+    pub set_log_level: fn(LogLevel),
+    /// `NOTIFY_SOCKET`.
+    pub notify_socket: Option<OsString>,
+}
+
+impl std::fmt::Debug for Above {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Above").field("notify_socket", &self.notify_socket).finish_non_exhaustive()
+    }
+}
+
+/// Serves until a signal asks for the end. Blocks; `runtime` does the waiting.
+///
+/// # Errors
+/// Anything on the way to being ready; afterwards nothing is one.
+pub fn run(settings: &Settings, above: &Above, runtime: &Handle) -> anyhow::Result<()> {
+    let notify = Notify::new(above.notify_socket.as_deref()).context("cannot use NOTIFY_SOCKET")?;
+    let place = Place::take(&settings.root, &settings.run)?;
+    let socket = place.socket();
+    let host = Host::open(settings, runtime.clone(), Some(socket.clone()))?;
+    runtime.block_on(async {
+        let mut end = [listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?];
+        let mut hang_up = listen(SignalKind::hangup())?;
+        let control = ControlServer::bind(&socket)
+            .with_context(|| format!("cannot open the control socket {}", socket.display()))?;
+        let api = Arc::new(Api::new(Arc::clone(&host), above.judge));
+        api.set_ready(false);
+        let (stop, stopped) = oneshot::channel::<()>();
+        let answering = tokio::spawn(control.run(Arc::<Api>::clone(&api), async {
+            // A sender that is gone stops it as well.
+            stopped.await.ok();
+        }));
+        let listening = match settings.daemon.metrics_listen {
+            Some(address) => Some(tokio::spawn(listen_for_metrics(address, Arc::clone(&api)).await?)),
+            None => None,
+        };
+        let until_end = async {
+            bring_back(&host).await;
+            api.set_ready(true);
+            notify.say("READY=1");
+            tracing::info!(
+                root = %settings.root.display(),
+                socket = %socket.display(),
+                version = env!("CARGO_PKG_VERSION"),
+                "the daemon is ready"
+            );
+            let mut now = settings.clone();
+            loop {
+                hang_up.recv().await;
+                now = reload(&host, above, now);
+            }
+        };
+        tokio::select! { () = until_end => (), () = any(&mut end) => () }
+        tracing::info!("the daemon ends");
+        api.set_ready(false);
+        notify.say("STOPPING=1");
+        drop(stop);
+        tokio::select! { () = host.shut_down(settings.daemon.stop_timeout) => (), () = any(&mut end) => () }
+        let abort = answering.abort_handle();
+        if tokio::time::timeout(LAST_ANSWERS, answering).await.is_err() {
+            abort.abort();
+        }
+        if let Some(listening) = listening {
+            listening.abort();
+        }
+        Ok(())
+    })
+}
+
+fn listen(kind: SignalKind) -> anyhow::Result<Signal> {
+    signal(kind).context("cannot listen for signals")
+}
+
+async fn any(signals: &mut [Signal; 2]) {
+    let [one, other] = signals;
+    tokio::select! { _ = one.recv() => (), _ = other.recv() => () }
+}
+
+async fn listen_for_metrics(
+    address: SocketAddr,
+    api: Arc<Api>,
+) -> anyhow::Result<impl Future<Output = ()> + Send + 'static> {
+    let listener = tokio::net::TcpListener::bind(address)
+        .await
+        .with_context(|| format!("cannot listen for metrics on {address}"))?;
+    Ok(async move {
+        if let Err(error) = axum::serve(listener, metrics::router(api)).await {
+            tracing::warn!(%error, "the metrics listener ended with a fault");
+        }
+    })
+}
+
+/// Applies what can change while the daemon runs, and says what cannot.
+fn reload(host: &Host, above: &Above, now: Settings) -> Settings {
+    let fresh = match (above.reload)() {
+        Ok(fresh) => fresh,
+        Err(error) => {
+            let error: &dyn std::error::Error = error.as_ref();
+            tracing::error!(error, "the configuration is not read again: the old one stays");
+            return now;
+        }
+    };
+    (above.set_log_level)(fresh.log_level);
+    host.house().forget_registries();
+    for key in fresh.differences(&now) {
+        tracing::warn!(key, "a changed setting counts when the daemon is started again");
+    }
+    tracing::info!("log level, credentials and hosts are read again");
+    Settings { log_level: fresh.log_level, ..now }
+}
+
+/// Mounts again what a dead daemon of this root had mounted. What cannot be is logged and stays recorded.
+async fn bring_back(host: &Arc<Host>) {
+    let entries = match Mounts::look(&host.settings().root) {
+        Ok(entries) => entries,
+        Err(error) => {
+            let error: &dyn std::error::Error = &error;
+            tracing::error!(error, "mounts of a daemon before this one are not brought back");
+            return;
+        }
+    };
+    let dead = entries.into_iter().filter(|entry| !entry.alive && entry.record.daemon.is_some());
+    join_all(dead.map(|entry| bring_back_one(host, entry))).await;
+}
+
+async fn bring_back_one(host: &Arc<Host>, entry: Entry) {
+    let record = entry.record.clone();
+    let mount_point = record.mount_point.display();
+    match host.bring_back(&entry).await {
+        Ok(()) => tracing::info!(%mount_point, image = record.image, "brought back"),
+        Err(error) => {
+            let error: &dyn std::error::Error = error.as_ref();
+            tracing::error!(%mount_point, image = record.image, error, "cannot be brought back");
+        }
+    }
+}

@@ -136,7 +136,8 @@ pub(crate) struct Daemon {}
 /// `headstart umount DIR`.
 #[derive(Debug, Args)]
 pub(crate) struct Mount {
-    /// The image to mount: one that `headstart convert` (or another EROFS converter) made
+    /// The image to mount: of one that `headstart convert` (or another EROFS converter) made, layers come when they are
+    /// read; of any other, all of it comes first
     pub(crate) image: Reference,
     /// The directory to mount it on
     pub(crate) dir: PathBuf,

@@ -7,7 +7,7 @@
 use std::io::Read;
 
 use super::layer::LayerError;
-use super::packer::{BlockStore as _, Packer};
+use super::packer::BlockStore;
 use crate::erofs::writer::{FileData, ImpliedDirectory, LayerRole, Tree, TreeError, UnresolvedLink};
 use crate::model::{EntryKind, LayerEntry, Metadata, Name, RelPath};
 
@@ -71,7 +71,7 @@ pub struct LowerFile<'a> {
 /// Asks the lower layers what the tree needs of them.
 pub(super) fn settle(
     tree: &mut Tree,
-    packer: &mut Packer<'_>,
+    store: &mut impl BlockStore,
     mut lower: Option<&mut dyn LowerLayers>,
     buffer: &mut [u8],
 ) -> Result<(), LayerError> {
@@ -82,7 +82,7 @@ pub(super) fn settle(
     tree.drop_pointless_directories();
     if let Some(lower) = lower.as_deref_mut() {
         // The names of what is brought may need directories, so those come second.
-        bring_links(tree, packer, lower, buffer)?;
+        bring_links(tree, store, lower, buffer)?;
         if tree.role() == LayerRole::Upper {
             adopt_directories(tree, lower)?;
         }
@@ -134,7 +134,7 @@ fn adopt_directories(tree: &mut Tree, lower: &mut dyn LowerLayers) -> Result<(),
 /// Files of lower layers that hard links name are copied into this one.
 fn bring_links(
     tree: &mut Tree,
-    packer: &mut Packer<'_>,
+    store: &mut impl BlockStore,
     lower: &mut dyn LowerLayers,
     buffer: &mut [u8],
 ) -> Result<(), LayerError> {
@@ -144,15 +144,15 @@ fn bring_links(
         let is_here = names.first().is_some_and(|name| tree.has_brought(name));
         let data = match entry.kind {
             EntryKind::Regular { size } if !is_here => {
-                let mut extents = packer.begin(size, tree)?;
+                let mut extents = store.begin(size, tree)?;
                 let mut left = size;
                 while left > 0 {
                     let len = usize::try_from(left).map_or(buffer.len(), |left| left.min(buffer.len()));
                     content.read_exact(&mut buffer[..len]).map_err(|error| failed(error.into()))?;
-                    extents.push(&buffer[..len], &mut |blocks| packer.put(blocks))?;
+                    extents.push(&buffer[..len], &mut |blocks| store.put(blocks))?;
                     left -= len as u64;
                 }
-                packer.end(extents)?
+                store.end(extents)?
             }
             _ => FileData::EMPTY,
         };

@@ -15,7 +15,7 @@ const BUFFER: usize = 256 << 10;
 const BUFFERS: usize = 8;
 
 /// The decompressed bytes of a blob. Dropping it ends the thread at its next buffer.
-pub(super) struct ReadAhead {
+pub(crate) struct ReadAhead {
     full: Receiver<Buffer>,
     empty: Sender<Vec<u8>>,
     current: Buffer,
@@ -35,7 +35,7 @@ struct Buffer {
 
 impl ReadAhead {
     /// Starts the thread.
-    pub(super) fn new<R: Read + Send + 'static>(blob: Decompressed<R>) -> io::Result<Self> {
+    pub(crate) fn new<R: Read + Send + 'static>(blob: Decompressed<R>) -> io::Result<Self> {
         let (sender, full) = sync_channel(BUFFERS - 2);
         let (empty, emptied) = channel();
         let thread = std::thread::Builder::new()
@@ -45,7 +45,7 @@ impl ReadAhead {
     }
 
     /// Reads what is left and tells what the whole blob is.
-    pub(super) fn finish(mut self) -> io::Result<Summary> {
+    pub(crate) fn finish(mut self) -> io::Result<Summary> {
         while self.next_buffer()? {}
         self.summary.ok_or_else(|| io::Error::other("reading this blob has failed before"))
     }

@@ -131,6 +131,13 @@ pub enum LayerError {
     /// Far more paths lead through symbolic links of lower layers than any real layer has.
     #[error("more than {0} of the layer's directories are symbolic links in the layers below")]
     TooManyLinks(usize),
+    /// The image.
+    #[error("cannot write the unpacked layer")]
+    Image {
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// The temporary file.
     #[error("cannot use a temporary file in {}", directory.display())]
     Spool {
@@ -202,29 +209,9 @@ pub fn convert_layer<W: Write>(
     lower: Option<&mut dyn LowerLayers>,
     sink: W,
 ) -> Result<(W, ConvertedLayer), LayerError> {
-    let mut tree = Tree::new(options.role);
     let mut packer = Packer::new(options, pool)?;
     let mut early = EarlyFiles::new(options);
-    let mut reader = tar::Reader::new(BufReader::with_capacity(READ_SIZE, source));
-    let mut buffer = vec![0; READ_SIZE];
-    while let Some(entry) = reader.next_entry()? {
-        let data = match entry.kind {
-            EntryKind::Regular { size } if early.wants(&entry.path) => {
-                let extents = early.begin(size, &tree)?;
-                store_file(&mut reader, extents, &mut early, &mut buffer)?
-            }
-            EntryKind::Regular { size } => {
-                let extents = packer.begin(size, &tree)?;
-                store_file(&mut reader, extents, &mut packer, &mut buffer)?
-            }
-            _ => FileData::EMPTY,
-        };
-        tree.add(&entry, data)?;
-    }
-    let tar_bytes = reader.offset();
-
-    settle(&mut tree, &mut packer, lower, &mut buffer)?;
-
+    let (tree, tar_bytes) = read_tar(source, options.role, &mut packer, &mut early, lower)?;
     let late = packer.finish()?;
     let (layout, early) = early.finish(pool)?.unzip();
     let plan = Plan::new(tree, options.identity)?;
@@ -246,6 +233,36 @@ pub fn convert_layer<W: Write>(
     let diff_id = DiffId(blob.hasher.finish());
     let (sink, summary) = blob.assembler.finish()?;
     Ok((sink, ConvertedLayer { summary, diff_id, statistics }))
+}
+
+/// Takes the tar `source` apart: what its files hold goes to `store`, or to `early` if that wants it; the tree is given
+/// back with everything that it takes over from the layers below. Gives the length of the tar, too.
+pub(super) fn read_tar(
+    source: impl Read,
+    role: LayerRole,
+    store: &mut impl BlockStore,
+    early: &mut EarlyFiles<'_>,
+    lower: Option<&mut dyn LowerLayers>,
+) -> Result<(Tree, u64), LayerError> {
+    let mut tree = Tree::new(role);
+    let mut reader = tar::Reader::new(BufReader::with_capacity(READ_SIZE, source));
+    let mut buffer = vec![0; READ_SIZE];
+    while let Some(entry) = reader.next_entry()? {
+        let data = match entry.kind {
+            EntryKind::Regular { size } if early.wants(&entry.path) => {
+                let extents = early.begin(size, &tree)?;
+                store_file(&mut reader, extents, early, &mut buffer)?
+            }
+            EntryKind::Regular { size } => {
+                let extents = store.begin(size, &tree)?;
+                store_file(&mut reader, extents, store, &mut buffer)?
+            }
+            _ => FileData::EMPTY,
+        };
+        tree.add(&entry, data)?;
+    }
+    settle(&mut tree, store, lower, &mut buffer)?;
+    Ok((tree, reader.offset()))
 }
 
 /// Stores the content of the reader's current file.

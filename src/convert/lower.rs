@@ -32,13 +32,18 @@ const MAX_IMAGE: u64 = 1 << 44;
 
 /// A finished lower layer, as far as it can be looked into.
 #[derive(Debug, Clone)]
-pub(super) enum Below {
+pub(crate) enum Below {
     /// Converted: its blob is in this file.
     Converted {
         /// The blob.
         file: Arc<File>,
         /// Where what is in it.
         summary: BlobSummary,
+    },
+    /// It is a plain image in this file.
+    Local {
+        /// The image.
+        image: Arc<File>,
     },
     /// It was EROFS before and lies with the source.
     Kept {
@@ -102,17 +107,17 @@ type View = Layer<Bytes>;
 
 /// A lower layer as it becomes known.
 #[derive(Debug, Clone)]
-pub(super) struct LayerBelow {
+pub(crate) struct LayerBelow {
     /// When it is finished.
-    pub(super) image: watch::Receiver<Option<Below>>,
+    pub(crate) image: watch::Receiver<Option<Below>>,
     /// Earlier: when its tar has been read.
-    pub(super) root: watch::Receiver<Option<Root>>,
+    pub(crate) root: watch::Receiver<Option<Root>>,
 }
 
 /// The root of the merged tree up to a layer. Nearly every layer asks for it, since few tars have an entry for it;
 /// that is why it does not wait for the layers below to be finished.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Root {
+pub(crate) enum Root {
     /// It looks so.
     Is(Metadata),
     /// Only the image tells.
@@ -122,7 +127,7 @@ pub(super) enum Root {
 }
 
 /// The layers below.
-pub(super) struct Lower {
+pub(crate) struct Lower {
     runtime: Handle,
     source: ImageSource,
     layers: Vec<LayerBelow>,
@@ -159,7 +164,7 @@ struct Way {
 impl Lower {
     /// `layers` are all that stand below in the manifest, the lowest first; `root` is told what this layer's root
     /// looks like.
-    pub(super) fn new(
+    pub(crate) fn new(
         runtime: Handle,
         source: ImageSource,
         layers: Vec<LayerBelow>,
@@ -198,6 +203,9 @@ impl Lower {
             let below = wait(&self.runtime, receiver).ok_or(BelowError::Failed(layer))?;
             let bytes = match below {
                 Below::Converted { file, summary } => Bytes::Blob(BlobImage::open(file, &summary)?),
+                Below::Local { image } => {
+                    Bytes::File(image.try_clone().map_err(|source| BelowError::Spool { layer, source })?)
+                }
                 Below::Kept { descriptor } => Bytes::File(self.inflate(layer, &descriptor)?),
                 Below::Aside => continue,
             };

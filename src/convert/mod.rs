@@ -3,6 +3,7 @@
 mod adopt;
 mod ahead;
 mod blob;
+pub mod direct;
 mod events;
 mod image;
 pub mod layer;
@@ -11,6 +12,12 @@ mod ordered;
 mod packer;
 mod readback;
 mod stack;
+
+/// How a layer looks into those below it, for whoever unpacks layers instead of converting them.
+pub(crate) mod below {
+    pub(crate) use super::ahead::ReadAhead;
+    pub(crate) use super::lower::{Below, LayerBelow, Lower, Root};
+}
 
 pub use events::{Event, Observer, Outcome};
 pub use image::{Converted, ConvertedImage, ImageError, ImageOptions, Platforms, convert_image};

@@ -17,11 +17,12 @@ use super::config::Config as Settings;
 use crate::fetch::{FetchConfig, Fetcher, LayerImage};
 use crate::model::{BlobDigest, ByteRange, ReadAt, ReadAtError};
 use crate::oci::{
-    self, Descriptor, Document, ImagePlan, LayoutImage, Manifest, PlanError, Platform, Prefer, Reference,
+    self, Descriptor, Document, ImagePlan, LayoutImage, Manifest, PlanError, Platform, Prefer, Reference, StackedLayer,
 };
 use crate::registry::{Client, ClientConfig, CredentialConfig, Patience};
 use crate::store::{Store, StoreConfig};
 use crate::transport::{ImageSource, ResolvedImage, Transports};
+use crate::unpack::{Progress, unpack_ordinary};
 use crate::vfs::{self, Bring, Purpose, Vfs};
 
 /// The rooms below, as the configuration wants them.
@@ -224,6 +225,28 @@ impl House {
     /// Where asynchronous work runs.
     pub const fn runtime(&self) -> &Handle {
         &self.runtime
+    }
+
+    /// Opens the layers of any image: those of an ordinary one are unpacked first, which takes as long as all of it needs
+    /// to come; `progress` tells how far that is.
+    ///
+    /// # Errors
+    /// As [`House::open_image`], and what keeps a tar layer from being unpacked.
+    pub async fn bring_image(
+        &self,
+        documents: Documents,
+        progress: Option<Arc<Progress>>,
+    ) -> anyhow::Result<OpenImage> {
+        if !matches!(documents.plan(), Err(PlanError::Tar)) {
+            return self.open_image(documents).await;
+        }
+        let progress = progress.unwrap_or_else(|| Arc::new(Progress::new(documents.layers())));
+        let (fetcher, diff_ids) = (self.fetcher()?, documents.config.diff_ids().to_vec());
+        let layers =
+            unpack_ordinary(fetcher, &self.runtime, &documents.source, documents.layers(), &diff_ids, progress).await?;
+        let stack = (0..layers.len()).map(|layer| StackedLayer { layer, devices: Vec::new(), data: Vec::new() });
+        let plan = ImagePlan { layers: Vec::new(), stack: stack.collect(), diff_ids };
+        Ok(OpenImage { documents, plan, layers })
     }
 
     /// What was kept under `key`, if all of it is still there.

@@ -37,6 +37,8 @@ pub struct LayerImage {
     pub(super) standing: watch::Sender<Standing>,
     pub(super) said_full: AtomicBool,
     pub(super) said_broken: AtomicBool,
+    /// Of the image of a tar: the tar's diffID.
+    pub(super) tar: Option<DiffId>,
 }
 
 pub(super) enum Body {
@@ -92,6 +94,8 @@ pub struct LayerStatus {
     pub blob: BlobDigest,
     /// What the image says the layer is.
     pub diff_id: DiffId,
+    /// True if it was a tar and was unpacked.
+    pub is_tar: bool,
     /// How far it is.
     pub state: LayerState,
     /// What is known of it as a whole.
@@ -172,7 +176,7 @@ impl LayerImage {
         &self.spec.blob
     }
 
-    /// What all of it has to hash to.
+    /// What names its bytes: what all of it has to hash to; of the image of a tar, a name of its own.
     pub fn diff_id(&self) -> DiffId {
         self.spec.diff_id
     }
@@ -335,7 +339,8 @@ impl LayerImage {
         };
         LayerStatus {
             blob: self.spec.blob,
-            diff_id: self.spec.diff_id,
+            diff_id: self.tar.unwrap_or(self.spec.diff_id),
+            is_tar: self.tar.is_some(),
             state: self.state(),
             standing: self.standing.borrow().clone(),
             chunks,

@@ -52,7 +52,7 @@ pub use standing::{LocalLayer, Standing};
 use crate::chunked::Compression;
 use crate::model::{BlobDigest, BlobSource, DiffId};
 use crate::oci::{IndexLocation, LayerPlan};
-use crate::store::Store;
+use crate::store::{BlobFile, Store};
 use shared::Shared;
 use table::LayerKey;
 
@@ -139,6 +139,21 @@ impl From<&LayerPlan> for LayerSpec {
     }
 }
 
+/// A layer that was a tar and is in the store as an image of its own.
+#[derive(Debug, Clone, Copy)]
+pub struct TarLayer {
+    /// The tar's blob.
+    pub blob: BlobDigest,
+    /// Its size.
+    pub blob_size: u64,
+    /// What names the image, where a chunked layer has its diffID.
+    pub identity: DiffId,
+    /// The tar's diffID.
+    pub diff_id: DiffId,
+    /// Bytes that were fetched for it just now.
+    pub fetched: u64,
+}
+
 /// Fetches layers into a store. Cheap to clone; all clones are one.
 #[derive(Clone)]
 pub struct Fetcher {
@@ -175,6 +190,11 @@ impl Fetcher {
         let layer = open::open_layer(&self.shared, spec, source).await.map_err(Arc::new)?;
         *opened = Arc::downgrade(&layer);
         Ok(layer)
+    }
+
+    /// A layer all of which is in `file`.
+    pub fn unpacked_layer(&self, layer: TarLayer, file: Arc<BlobFile>) -> Arc<LayerImage> {
+        open::unpacked_layer(&self.shared, layer, file)
     }
 
     /// The store behind this.

@@ -5,6 +5,7 @@ use std::sync::{Arc, Weak};
 use std::time::SystemTime;
 
 use futures::StreamExt as _;
+use futures::future::BoxFuture;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
@@ -14,9 +15,9 @@ use super::layer::{Body, Chunked, Tail};
 use super::origins::Origins;
 use super::shared::Shared;
 use super::whole::Whole;
-use super::{Cause, FetchError, LayerImage, LayerSpec, Standing};
+use super::{Cause, FetchError, LayerImage, LayerSpec, Standing, TarLayer};
 use crate::chunked::{ChunkIndex, Compression, Framing, IndexError, IndexSection, MAX_INDEX_SIZE, decode_chunk};
-use crate::model::{BlobDigest, BlobSource, ByteRange, DiffId};
+use crate::model::{BlobDigest, BlobSource, ByteRange, ByteStream, DiffId, SourceError};
 use crate::oci::IndexLocation;
 use crate::store::{Anchor, BlobFile, BlobSpec, StoreError, Verdict};
 
@@ -49,9 +50,55 @@ pub(super) async fn open_layer(
         Some(chunked) => Body::Chunked(chunked),
         None => Body::Whole(opening.whole().await?),
     };
+    let layer = assemble(shared, spec, source, body, counting, None);
+    if let Some(chunked) = layer.chunked() {
+        shared.enter(layer.id, Arc::clone(&chunked.index), Arc::downgrade(&layer));
+    }
+    layer.check_complete();
+    Ok(layer)
+}
+
+pub(super) fn unpacked_layer(shared: &Arc<Shared>, tar: TarLayer, file: Arc<BlobFile>) -> Arc<LayerImage> {
+    let spec = LayerSpec {
+        blob: tar.blob,
+        blob_size: tar.blob_size,
+        compression: Compression::None,
+        diff_id: tar.identity,
+        index: None,
+    };
+    let counting = Counting::default();
+    add(&counting.fetched, tar.fetched);
+    // Nothing of it is missing, so nothing is ever asked for.
+    let source: Arc<dyn BlobSource> = Arc::new(Nowhere);
+    assemble(shared, spec, source, Body::Whole(Whole::ready(file)), counting, Some(tar.diff_id))
+}
+
+/// Where nothing comes from.
+struct Nowhere;
+
+impl BlobSource for Nowhere {
+    fn open(&self, blob: BlobDigest, range: ByteRange, _: u32) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
+        let source = Box::new(std::io::Error::from(std::io::ErrorKind::Unsupported));
+        let error = SourceError { blob, range, origin: self.origin(), transient: false, source };
+        Box::pin(async { Err(error) })
+    }
+
+    fn origin(&self) -> String {
+        "an unpacked tar".to_owned()
+    }
+}
+
+fn assemble(
+    shared: &Arc<Shared>,
+    spec: LayerSpec,
+    source: Arc<dyn BlobSource>,
+    body: Body,
+    counting: Counting,
+    tar: Option<DiffId>,
+) -> Arc<LayerImage> {
     let id = shared.new_layer_id();
     let standing = standing_of(&body, spec.diff_id);
-    let layer = Arc::new_cyclic(|me| LayerImage {
+    Arc::new_cyclic(|me| LayerImage {
         me: Weak::clone(me),
         id,
         spec,
@@ -62,12 +109,8 @@ pub(super) async fn open_layer(
         standing: watch::Sender::new(standing),
         said_full: AtomicBool::new(false),
         said_broken: AtomicBool::new(false),
-    });
-    if let Some(chunked) = layer.chunked() {
-        shared.enter(id, Arc::clone(&chunked.index), Arc::downgrade(&layer));
-    }
-    layer.check_complete();
-    Ok(layer)
+        tar,
+    })
 }
 
 /// What the store knows of the layer as a whole.

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::StoreError;
 use crate::chunked::IndexFamily;
-use crate::model::{BlobDigest, DiffId, IndexDigest};
+use crate::model::{BlobDigest, ChainId, DiffId, IndexDigest};
 
 const FORMAT: &str = "headstart-blob";
 const VERSION: u32 = 1;
@@ -19,6 +19,9 @@ const VERSION: u32 = 1;
 pub enum Anchor {
     /// The whole blob was read and hashed.
     Whole,
+    /// The blob is a tar, which was read and hashed as a whole and unpacked on top of the layers below it: this is the
+    /// stack that it is the top of.
+    Tar(ChainId),
     /// Each chunk has its checksum in the index with this digest, which is of the image specification's form.
     ImageSpec(IndexDigest),
     /// The same with an index in the form of containerd pull request 12703.
@@ -37,6 +40,7 @@ impl Anchor {
     const fn kind(self) -> &'static str {
         match self {
             Self::Whole => "whole",
+            Self::Tar(_) => "tar",
             Self::ImageSpec(_) => "index",
             Self::Pr12703(_) => "pr12703",
         }
@@ -48,6 +52,7 @@ impl fmt::Display for Anchor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Whole => f.write_str(self.kind()),
+            Self::Tar(chain) => write!(f, "{}-{}", self.kind(), chain.0.hex()),
             Self::ImageSpec(digest) | Self::Pr12703(digest) => write!(f, "{}-{}", self.kind(), digest.0.hex()),
         }
     }
@@ -92,6 +97,9 @@ pub(super) struct Meta {
     image_size: u64,
     chunks: u32,
     pub(super) verdict: Verdict,
+    /// Of the image of a tar: the tar's diffID.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    tar: Option<DiffId>,
 }
 
 /// The part that has to be understood before the rest is.
@@ -114,7 +122,13 @@ impl Meta {
             image_size: spec.image_size,
             chunks: spec.chunks,
             verdict,
+            tar: None,
         }
+    }
+
+    /// The same for the image that was made from this tar.
+    pub(super) fn of_tar(self, tar: Option<DiffId>) -> Self {
+        Self { tar, ..self }
     }
 
     pub(super) fn to_bytes(&self) -> Vec<u8> {

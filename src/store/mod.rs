@@ -179,7 +179,15 @@ impl Store {
     /// # Errors
     /// See [`StoreError`].
     pub fn write_whole(&self, blob: &BlobDigest) -> Result<WholeWriter, StoreError> {
-        WholeWriter::begin(&self.tmp(), self.place(blob, Anchor::Whole), *blob)
+        self.write_image(blob, Anchor::Whole)
+    }
+
+    /// The same for an image of `blob` that is verified otherwise.
+    ///
+    /// # Errors
+    /// See [`StoreError`].
+    pub fn write_image(&self, blob: &BlobDigest, anchor: Anchor) -> Result<WholeWriter, StoreError> {
+        WholeWriter::begin(&self.tmp(), self.place(blob, anchor), *blob, anchor)
     }
 
     /// Puts the image of `writer`, which is complete, has been verified and hashes to `diff_id`, into the store. If
@@ -188,10 +196,22 @@ impl Store {
     /// # Errors
     /// See [`StoreError`].
     pub fn keep_whole(&self, writer: &WholeWriter, diff_id: DiffId) -> Result<Arc<BlobFile>, StoreError> {
-        writer.finish(diff_id)?;
+        self.keep(writer, diff_id, None)
+    }
+
+    /// The same for the image of a tar: `identity` names the image, `tar` is the diffID of the tar.
+    ///
+    /// # Errors
+    /// See [`StoreError`].
+    pub fn keep_tar(&self, writer: &WholeWriter, identity: DiffId, tar: DiffId) -> Result<Arc<BlobFile>, StoreError> {
+        self.keep(writer, identity, Some(tar))
+    }
+
+    fn keep(&self, writer: &WholeWriter, diff_id: DiffId, tar: Option<DiffId>) -> Result<Arc<BlobFile>, StoreError> {
+        writer.finish(diff_id, tar)?;
         loop {
             let published = writer.publish()?;
-            match self.existing(writer.blob(), Anchor::Whole)? {
+            match self.existing(writer.blob(), writer.anchor())? {
                 Some(found) if matches!(found.verdict(), Verdict::Verified(_)) => return Ok(found),
                 // Its marks were damaged, and nobody can tell what of it is there.
                 Some(found) => {

@@ -24,13 +24,14 @@ pub struct WholeWriter {
     made: TempDir,
     place: PathBuf,
     blob: BlobDigest,
+    anchor: Anchor,
     image: File,
     size: u64,
     _used: FileLock,
 }
 
 impl WholeWriter {
-    pub(super) fn begin(tmp: &Path, place: PathBuf, blob: BlobDigest) -> Result<Self, StoreError> {
+    pub(super) fn begin(tmp: &Path, place: PathBuf, blob: BlobDigest, anchor: Anchor) -> Result<Self, StoreError> {
         let made = files::temp_dir(tmp)?;
         let lock = made.path().join(blob::LOCK);
         files::touch(&lock)?;
@@ -38,18 +39,27 @@ impl WholeWriter {
         let used = FileLock::acquire(&lock, LockMode::Shared).map_err(|error| StoreError::io("lock", &lock, error))?;
         let path = made.path().join(blob::IMAGE);
         let image = File::create_new(&path).map_err(|error| StoreError::io("make", &path, error))?;
-        Ok(Self { made, place, blob, image, size: 0, _used: used })
+        Ok(Self { made, place, blob, anchor, image, size: 0, _used: used })
     }
 
-    /// Makes the image, which is complete, has been verified and hashes to `diff_id`, last. Waits for the disk.
-    pub(super) fn finish(&self, diff_id: DiffId) -> Result<(), StoreError> {
+    /// Puts `block` over the first bytes, which were written before.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn write_first(&self, block: &[u8]) -> io::Result<()> {
+        self.image.write_all_at(block, 0)
+    }
+
+    /// Makes the image, which is complete, has been verified and is `diff_id`, last. `tar` is what it was made from.
+    /// Waits for the disk.
+    pub(super) fn finish(&self, diff_id: DiffId, tar: Option<DiffId>) -> Result<(), StoreError> {
         let dir = self.made.path();
         self.image
             .set_len(self.size)
             .and_then(|()| self.image.sync_all())
             .map_err(|error| StoreError::io("sync", dir.join(blob::IMAGE), error))?;
-        let spec = BlobSpec { blob: self.blob, anchor: Anchor::Whole, image_size: self.size, chunks: 1 };
-        let meta = Meta::new(&spec, Verdict::Verified(diff_id)).to_bytes();
+        let spec = BlobSpec { blob: self.blob, anchor: self.anchor, image_size: self.size, chunks: 1 };
+        let meta = Meta::new(&spec, Verdict::Verified(diff_id)).of_tar(tar).to_bytes();
         files::replace(&dir.join(blob::INDEX), b"", Durability::Synced)?;
         files::replace(&dir.join(blob::PRESENT), &Bits::all(1).to_present(), Durability::Synced)?;
         files::replace(&dir.join(blob::META), &meta, Durability::Synced)
@@ -62,6 +72,10 @@ impl WholeWriter {
 
     pub(super) const fn blob(&self) -> &BlobDigest {
         &self.blob
+    }
+
+    pub(super) const fn anchor(&self) -> Anchor {
+        self.anchor
     }
 
     pub(super) fn place(&self) -> &Path {

@@ -81,6 +81,35 @@ pub fn xattr(name: &str, value: &[u8]) -> Xattr {
 /// # Errors
 /// Those of the writer.
 pub fn image_of(role: LayerRole, entries: &[EntryWithContent]) -> Result<Vec<u8>, TreeError> {
+    let (tree, stored, blocks) = tree_of(role, entries)?;
+    let plan = Plan::new(tree, identity())?;
+    let mut image = Vec::new();
+    plan.write_metadata(&EarlyLayout::default(), blocks, &mut image).map_err(|_| TreeError::TooLarge)?;
+    assert_eq!(image.len() as u64, plan.metadata_size(), "as much metadata is written as was counted");
+    image.extend_from_slice(&stored);
+    Ok(image)
+}
+
+/// The same with the metadata behind the files.
+///
+/// # Errors
+/// Those of the writer.
+pub fn image_behind_of(role: LayerRole, entries: &[EntryWithContent]) -> Result<Vec<u8>, TreeError> {
+    let (tree, stored, blocks) = tree_of(role, entries)?;
+    let plan = Plan::behind(tree, identity(), blocks)?;
+    let mut metadata = Vec::new();
+    plan.write_behind(&mut metadata).map_err(|_| TreeError::TooLarge)?;
+    assert_eq!(metadata.len() as u64, plan.metadata_size(), "as much metadata is written as was counted");
+    let behind = metadata.split_off(usize::try_from(BLOCK_SIZE).map_err(|_| TreeError::TooLarge)?);
+    Ok([metadata, stored, behind].concat())
+}
+
+fn identity() -> ImageIdentity {
+    ImageIdentity::of_source(&Digest::of(Algorithm::Sha256, b"test"))
+}
+
+/// The tree, what its files hold, and how many blocks that are.
+fn tree_of(role: LayerRole, entries: &[EntryWithContent]) -> Result<(Tree, Vec<u8>, u32), TreeError> {
     let mut tree = Tree::new(role);
     let mut stored: Vec<u8> = Vec::new();
     for (entry, content) in entries {
@@ -100,13 +129,8 @@ pub fn image_of(role: LayerRole, entries: &[EntryWithContent]) -> Result<Vec<u8>
         };
         tree.add(entry, data)?;
     }
-    let plan = Plan::new(tree, ImageIdentity::of_source(&Digest::of(Algorithm::Sha256, b"test")))?;
-    let mut image = Vec::new();
     let blocks = u32::try_from(stored.len() as u64 / BLOCK_SIZE).map_err(|_| TreeError::TooLarge)?;
-    plan.write_metadata(&EarlyLayout::default(), blocks, &mut image).map_err(|_| TreeError::TooLarge)?;
-    assert_eq!(image.len() as u64, plan.metadata_size(), "as much metadata is written as was counted");
-    image.extend_from_slice(&stored);
-    Ok(image)
+    Ok((tree, stored, blocks))
 }
 
 /// What the image of a layer with these entries must show, whiteouts and opaque marks in overlayfs form. None if the

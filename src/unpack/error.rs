@@ -1,9 +1,13 @@
 //! Why a layer did not become local.
 
+use std::io;
 use std::sync::Arc;
 
+use crate::convert::layer::LayerError;
 use crate::fetch::FetchError;
 use crate::model::{BlobDigest, DiffId};
+use crate::store::StoreError;
+use crate::transport::TransportError;
 
 /// Why a layer did not become local.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -16,6 +20,52 @@ pub enum UnpackError {
         /// What is missing, and why.
         #[source]
         source: Arc<FetchError>,
+    },
+    /// The blob of a tar layer did not come.
+    #[error("cannot fetch layer {blob}")]
+    Source {
+        /// The layer's blob.
+        blob: BlobDigest,
+        /// Why.
+        #[source]
+        source: Arc<TransportError>,
+    },
+    /// The blob of a tar layer broke off, has wrong bytes or does not decompress.
+    #[error("cannot read layer {blob}")]
+    Read {
+        /// The layer's blob.
+        blob: BlobDigest,
+        /// Why.
+        #[source]
+        source: Arc<io::Error>,
+    },
+    /// A tar layer cannot become an image.
+    #[error("cannot unpack layer {blob}")]
+    Tar {
+        /// The layer's blob.
+        blob: BlobDigest,
+        /// Why.
+        #[source]
+        source: Arc<LayerError>,
+    },
+    /// The tar is not the one that the image's config names.
+    #[error("layer {blob} is not what its image says: it has diffID {found}, not {expected}")]
+    DiffId {
+        /// The layer's blob.
+        blob: BlobDigest,
+        /// What the image says.
+        expected: DiffId,
+        /// What its bytes hash to.
+        found: DiffId,
+    },
+    /// The store failed.
+    #[error("cannot keep layer {blob}")]
+    Store {
+        /// The layer's blob.
+        blob: BlobDigest,
+        /// Why.
+        #[source]
+        source: Arc<StoreError>,
     },
     /// The image contradicts itself.
     #[error("layer {blob} cannot become local: its chunks make diffID {found}, the image says {expected}")]

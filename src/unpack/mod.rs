@@ -4,6 +4,8 @@
 //! Fill::start(layers) ── a task a layer ── LayerImage::fill ── verified as a whole ── Standing::Local
 //! ```
 //!
+//! Layers that are tars have no chunks to fetch: see [`unpack_ordinary`].
+//!
 //! The fetch path does the work and orders it behind everything that somebody waits for; this room decides when a fill
 //! begins, what becomes of its failures, and tells how far it is. Who wants to know that a layer is local asks the layer
 //! itself ([`LayerImage::when_local`]), whoever brought its last chunk.
@@ -13,10 +15,12 @@
 
 mod error;
 mod fill;
+mod ordinary;
 mod why;
 
 pub use error::UnpackError;
 pub use fill::{Fill, FillOptions, Persistence, Phase};
+pub use ordinary::{Progress, unpack_ordinary};
 pub use why::why;
 
 #[cfg(doc)]

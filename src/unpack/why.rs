@@ -8,6 +8,7 @@ use crate::fetch::{LayerState, LayerStatus, Standing};
 /// Why a layer is as it is. `phase` is that of its fill, if there is one.
 pub fn why(layer: &LayerStatus, phase: Option<&Phase>) -> String {
     match &layer.standing {
+        Standing::Local { .. } if layer.is_tar => return "eager: tar layer".to_owned(),
         Standing::Local { .. } => return "all of it is here and verified".to_owned(),
         Standing::Contradicted(found) => {
             return format!("lazy: the image contradicts itself, its chunks make diffID {found}");
@@ -71,6 +72,7 @@ mod tests {
         let lazy = LayerStatus {
             blob,
             diff_id: DiffId(digest),
+            is_tar: false,
             state: LayerState::Lazy,
             standing: Standing::Incomplete,
             chunks: 10,
@@ -97,6 +99,7 @@ mod tests {
                 Some(Phase::Filling),
                 "eager: no chunk index in the layer, filling: 0 of 80 MiB",
             ),
+            (&LayerStatus { standing: local.clone(), is_tar: true, ..lazy.clone() }, None, "eager: tar layer"),
             (&LayerStatus { standing: local, ..lazy.clone() }, None, "all of it is here and verified"),
             (
                 &LayerStatus { standing: Standing::Contradicted(DiffId(digest)), ..lazy.clone() },

@@ -8,7 +8,8 @@ use headstart::erofs::Image;
 use headstart::erofs::writer::{LayerRole, TreeError};
 use headstart::model::{Algorithm, DeviceNumber, Digest, EntryKind, Metadata, Timestamp};
 use headstart::testkit::images::{
-    EntryWithContent, directory, entry, file, hard_link, image_of, listing_of, opaque, symlink, whiteout, xattr,
+    EntryWithContent, directory, entry, file, hard_link, image_behind_of, image_of, listing_of, opaque, symlink,
+    whiteout, xattr,
 };
 use headstart::testkit::tree::{Listing, pattern};
 use proptest::prelude::*;
@@ -58,22 +59,28 @@ pub(crate) fn kernel_listing(image: &Path) -> Listing {
 /// Every judge sees in `image` what the model says.
 #[track_caller]
 fn judge(role: LayerRole, entries: &[EntryWithContent]) -> Vec<u8> {
+    judge_image(role, entries, &image_behind_of(role, entries).unwrap());
     let image = image_of(role, entries).unwrap();
+    judge_image(role, entries, &image);
+    image
+}
+
+#[track_caller]
+fn judge_image(role: LayerRole, entries: &[EntryWithContent], image: &[u8]) {
     let expected = listing_of(role, entries).expect("the case is a valid layer").without_directory_sizes();
-    let seen = Listing::of_image(&Image::open(image.as_slice()).unwrap()).unwrap();
+    let seen = Listing::of_image(&Image::open(image).unwrap()).unwrap();
     seen.clone().without_directory_sizes().assert_equals(&expected);
-    let report = headstart::erofs::check(&Image::open(image.as_slice()).unwrap()).unwrap();
+    let report = headstart::erofs::check(&Image::open(image).unwrap()).unwrap();
     assert_eq!(report.findings, []);
 
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("image.erofs");
-    std::fs::write(&file, &image).unwrap();
+    std::fs::write(&file, image).unwrap();
     kernel_listing(&file).assert_equals(&seen);
     for checker in checkers() {
         let said = run(Command::new(checker).arg("--extract").arg(&file));
         assert!(!said.contains("<E>"), "{said}");
     }
-    image
 }
 
 fn with(mut entry: EntryWithContent, change: impl FnOnce(&mut Metadata)) -> EntryWithContent {

@@ -1,6 +1,7 @@
 //! `headstart pull` and `headstart wait`: images brought here as a whole.
 
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use indicatif::HumanBytes;
@@ -19,6 +20,7 @@ use crate::daemon::image;
 use crate::daemon::mounts::Mounts;
 use crate::daemon::pull::Pull;
 use crate::model::{BlobDigest, DiffId};
+use crate::unpack::Progress;
 
 /// Time between two looks at how far a pull is.
 const LOOK: Duration = Duration::from_millis(200);
@@ -100,13 +102,27 @@ async fn bring(
 ) -> anyhow::Result<Pull> {
     let house = image::House::open(&context.config, tokio::runtime::Handle::current())?;
     let documents = house.documents(reference, platform).await?;
-    let pull = Pull::begin(&house, documents).await?;
     let bar = progress::bytes("pulling", 0);
+    let mut ticks = interval(LOOK);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let read = Arc::new(Progress::new(documents.layers()));
+    let pull = {
+        let begun = Pull::begin(&house, documents, &read);
+        tokio::pin!(begun);
+        loop {
+            tokio::select! {
+                pull = &mut begun => break pull?,
+                _ = ticks.tick() => {
+                    let (now, all) = read.bytes();
+                    bar.set_length(all);
+                    bar.set_position(now);
+                }
+            }
+        }
+    };
     {
         let finished = pull.finished();
         tokio::pin!(finished);
-        let mut ticks = interval(LOOK);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 result = &mut finished => {

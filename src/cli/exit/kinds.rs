@@ -121,7 +121,11 @@ fn of_never_local(error: &NeverLocal) -> Option<Problem> {
 fn of_unpack(error: &UnpackError) -> Option<Problem> {
     match error {
         UnpackError::Fetch { source, .. } => of_fetch(source),
-        UnpackError::Contradiction { .. } => Some(Problem::Corrupt),
+        UnpackError::Source { source, .. } => of_transport(source),
+        UnpackError::Read { source, .. } => of_io_or_inside(source),
+        UnpackError::Tar { source, .. } => of_layer(source),
+        UnpackError::Store { source, .. } => of_store(source),
+        UnpackError::Contradiction { .. } | UnpackError::DiffId { .. } => Some(Problem::Corrupt),
         UnpackError::Unverifiable { .. } => Some(Problem::Unsupported),
         UnpackError::Full { .. } => Some(Problem::Local),
         UnpackError::Abandoned { .. } => Some(Problem::Internal),
@@ -308,7 +312,7 @@ fn of_layer(error: &LayerError) -> Option<Problem> {
     match error {
         LayerError::Tar(_) | LayerError::Tree(_) | LayerError::Lower { .. } | LayerError::Write(_) => None,
         LayerError::NeedsLower(_) | LayerError::TooManyLinks(_) | LayerError::Range(_) => Some(Problem::Unsupported),
-        LayerError::Spool { source, .. } => Some(of_io(source)),
+        LayerError::Spool { source, .. } | LayerError::Image { source } => Some(of_io(source)),
         LayerError::Damaged { .. } => Some(Problem::Local),
     }
 }

@@ -143,7 +143,7 @@ impl Host {
         request: MountRequest,
         documents: Documents,
     ) -> anyhow::Result<Arc<Mounted>> {
-        let image = self.house.open_image(documents).await?;
+        let image = self.house.bring_image(documents, None).await?;
         let file_system = image.file_system().await?;
         let host = Arc::clone(self);
         let mounting = self.runtime.spawn_blocking(move || {

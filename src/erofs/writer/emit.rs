@@ -24,6 +24,8 @@ const SUPER_AT: usize = 1024;
 pub(super) struct Places {
     /// Of each node: its nid, the place of its inode in units of 32 bytes.
     nids: Vec<u32>,
+    /// First block of the metadata behind the superblock's own; 0 if it follows the superblock.
+    pub(super) base: u32,
     /// First block of the shared attributes.
     shared: u32,
     /// First block of directories.
@@ -41,8 +43,8 @@ pub(super) struct Places {
 }
 
 impl Places {
-    pub(super) fn new(nodes: usize) -> Self {
-        Self { nids: vec![0; nodes], ..Self::default() }
+    pub(super) fn new(nodes: usize, base: u32) -> Self {
+        Self { nids: vec![0; nodes], base, ..Self::default() }
     }
 }
 
@@ -75,6 +77,12 @@ impl<'a, W: Write> Emission<'a, W> {
         self.pad_to(SUPER_OFFSET)?;
         let superblock = self.superblock().encode();
         self.put(&superblock)?;
+        if self.places.base > 0 {
+            // The blocks of files come first. No inode has number 0: readers of directories take that for a gap.
+            self.start_block()?;
+            self.at = self.base();
+            self.pad_to(self.at + (1 << INODE_SLOT_BITS))?;
+        }
         let plan = self.plan;
         for number in &plan.order {
             self.inode(*number)?;
@@ -94,6 +102,11 @@ impl<'a, W: Write> Emission<'a, W> {
         Ok(())
     }
 
+    /// Where nids are counted from.
+    fn base(&self) -> u64 {
+        u64::from(self.places.base) * BLOCK_SIZE
+    }
+
     fn superblock(&self) -> RawSuperblock {
         let plan = self.plan;
         // See `Superblock::shows_no_xattrs`. The few marks of a layer without other attributes need no filter.
@@ -110,6 +123,7 @@ impl<'a, W: Write> Emission<'a, W> {
             epoch: plan.epoch.seconds.cast_unsigned(),
             fixed_nsec: plan.epoch.nanos,
             blocks_lo: self.places.blocks,
+            meta_block: self.places.base,
             xattr_block: self.places.shared,
             uuid: plan.identity.uuid,
             feature_incompat: if plan.chunked { incompat::CHUNKED_FILE } else { 0 },
@@ -156,7 +170,7 @@ impl<'a, W: Write> Emission<'a, W> {
             Body::Pending { .. } | Body::Alias(_) => unreachable!("all links were resolved"),
         };
 
-        let nid = self.at >> INODE_SLOT_BITS;
+        let nid = (self.at - self.base()) >> INODE_SLOT_BITS;
         self.places.nids[number as usize] = u32::try_from(nid).map_err(|_| io::ErrorKind::FileTooLarge)?;
         let format = InodeFormat::new(!compact, body.layout, false);
         let xattr_count = match xattrs.len() {

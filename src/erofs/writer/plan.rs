@@ -64,7 +64,20 @@ impl Plan {
     ///
     /// # Errors
     /// [`TreeError::DanglingLink`] if hard links are unresolved, [`TreeError::TooLarge`].
-    pub fn new(mut tree: Tree, identity: ImageIdentity) -> Result<Self, TreeError> {
+    pub fn new(tree: Tree, identity: ImageIdentity) -> Result<Self, TreeError> {
+        Self::with_base(tree, identity, 0)
+    }
+
+    /// Lays `tree` out behind the `late` blocks of its files, which follow the block of the superblock: for an image whose
+    /// files are written before all of its tree is known.
+    ///
+    /// # Errors
+    /// As [`Plan::new`].
+    pub fn behind(tree: Tree, identity: ImageIdentity, late: u32) -> Result<Self, TreeError> {
+        Self::with_base(tree, identity, late.checked_add(1).ok_or(TreeError::TooLarge)?)
+    }
+
+    fn with_base(mut tree: Tree, identity: ImageIdentity, base: u32) -> Result<Self, TreeError> {
         if let Some(link) = tree.unresolved_links()?.into_iter().next() {
             return Err(TreeError::DanglingLink { path: link.path, target: link.target });
         }
@@ -91,20 +104,43 @@ impl Plan {
         plan.share_xattrs()?;
         plan.choose_epoch();
         plan.count();
-        let mut places = Places::new(plan.tree.nodes.len());
+        let mut places = Places::new(plan.tree.nodes.len(), base);
         Emission::new(&plan, &mut places, io::sink()).run().map_err(|_| TreeError::TooLarge)?;
         plan.places = places;
         Ok(plan)
     }
 
-    /// Bytes before the first data block.
+    /// Bytes of metadata: before the first data block, or behind the last one and the superblock's block.
     pub fn metadata_size(&self) -> u64 {
-        self.places.end
+        match self.places.base {
+            0 => self.places.end,
+            base => self.places.end - u64::from(base - 1) * BLOCK_SIZE,
+        }
     }
 
     /// What is in the image.
     pub fn statistics(&self) -> &TreeStatistics {
         &self.statistics
+    }
+
+    /// Writes the metadata of an image that was laid out behind its files: the superblock's block, which goes to the
+    /// start of the image, then what goes behind the files.
+    ///
+    /// # Errors
+    /// Those of `out`, and `FileTooLarge` for an image beyond 2³² blocks.
+    ///
+    /// # Panics
+    /// If the metadata was laid out in front.
+    pub fn write_behind(&self, out: impl Write) -> io::Result<()> {
+        assert!(self.places.base > 0, "the files come first");
+        let blocks = u32::try_from(self.places.end / BLOCK_SIZE).ok().filter(|end| *end < u32::MAX);
+        let mut places = self.places.clone();
+        places.late = 1;
+        places.blocks = blocks.ok_or(io::ErrorKind::FileTooLarge)?;
+        let mut first = FirstBlock::new(out);
+        Emission::new(self, &mut places, &mut first).run()?;
+        assert_eq!(places.end, self.places.end, "counting and writing go the same way");
+        first.finish()
     }
 
     /// Writes the metadata of an image that continues with the blocks of `early`, then `late` blocks.

@@ -2,7 +2,14 @@
 
 use std::fs;
 
-use super::stage::{Stage, noise, tar, wait_until};
+use headstart::tar::decompress::Compression;
+use headstart::testkit::layers::{Options, stacks};
+use headstart::testkit::layouts::{TestLayer, write_layout};
+use headstart::testkit::tree::Listing;
+use proptest::strategy::{Strategy as _, ValueTree as _};
+use proptest::test_runner::TestRunner;
+
+use super::stage::{Stage, noise, reference, tar, wait_until};
 
 #[test]
 fn a_pulled_image_needs_no_registry() {
@@ -98,4 +105,75 @@ fn waiting_has_an_end() {
     stage.ok(&["umount", mnt.to_str().unwrap()]);
     assert_eq!(stage.fails(&["wait", mnt.to_str().unwrap()]).0, 3);
     stage.assert_clean();
+}
+
+#[test]
+fn an_ordinary_image_looks_as_its_conversion_does() {
+    let stage = Stage::new();
+    let mut runner = TestRunner::deterministic();
+    for round in 0..8 {
+        let stack = stacks(Options::default()).new_tree(&mut runner).unwrap().current();
+        let tars = stack.tars();
+        let (source, converted) = (stage.path(&format!("source-{round}")), stage.path(&format!("converted-{round}")));
+        let form = [Compression::Plain, Compression::Gzip, Compression::Zstd][round % 3];
+        let layers: Vec<TestLayer> = tars.iter().map(|tar| TestLayer::of_tar(tar, form)).collect();
+        write_layout(&source, &layers).unwrap();
+        stage.ok(&["convert", &reference(&source), &reference(&converted)]);
+        let (plain, lazy) = (stage.make(&format!("plain-{round}")), stage.make(&format!("lazy-{round}")));
+        stage.ok(&["mount", &reference(&source), plain.to_str().unwrap()]);
+        stage.ok(&["mount", &reference(&converted), lazy.to_str().unwrap()]);
+        let seen = |at| Listing::of_directory(at).unwrap().without_directory_sizes();
+        seen(&plain).assert_equals(&seen(&lazy));
+        for at in [&plain, &lazy] {
+            stage.ok(&["umount", at.to_str().unwrap()]);
+        }
+    }
+    stage.assert_clean();
+}
+
+#[test]
+fn tar_layers_are_unpacked_once() {
+    let stage = Stage::new();
+    let (large, small) = (noise(5, 6 << 20), noise(6, 100_000));
+    stage.images(&[tar(&[("large", &large)]), tar(&[("d/", b""), ("d/small", &small)]), tar(&[("d/.wh.small", b"")])]);
+    let registry = stage.serve(&stage.path("source"), &[]);
+    let pulled = stage.json(&["pull", &registry.image()]);
+    assert!(pulled["bytes_fetched"].as_u64().unwrap() > 6 << 20, "{pulled}");
+    assert_eq!(stage.json(&["pull", &registry.image()])["bytes_fetched"], 0);
+    let blobs = || registry.requests().iter().filter(|r| r.path.contains("/blobs/") && r.bytes > 20_000).count();
+    assert_eq!(blobs(), 2);
+    let mnt = stage.make("mnt");
+    stage.ok(&["mount", &registry.image(), mnt.to_str().unwrap()]);
+    stage.ok(&["wait", "--timeout", "60", mnt.to_str().unwrap()]);
+    assert!(fs::read(mnt.join("large")).unwrap() == large);
+    assert_eq!(fs::read_dir(mnt.join("d")).unwrap().count(), 0, "what the last layer removes is gone");
+    let status = &stage.status()[0];
+    for layer in status["layers"].as_array().unwrap() {
+        assert_eq!((&layer["state"], &layer["why"]), (&"local".into(), &"eager: tar layer".into()), "{status}");
+    }
+    assert_eq!(blobs(), 2);
+    stage.ok(&["umount", mnt.to_str().unwrap()]);
+    stage.assert_clean();
+}
+
+#[test]
+fn a_tar_that_is_not_what_its_image_says_is_not_kept() {
+    let stage = Stage::new();
+    stage.images(&[tar(&[("a", &noise(7, 3 << 20))])]);
+    let source = stage.path("source");
+    let manifest = stage.json(&["inspect", &reference(&source)]);
+    let digest = manifest["layers"][0]["digest"].as_str().unwrap().trim_start_matches("sha256:").to_owned();
+    let blob = source.join("blobs/sha256").join(digest);
+    let whole = fs::read(&blob).unwrap();
+    let mut flipped = whole.clone();
+    flipped[whole.len() / 2] ^= 1;
+    for bytes in [&flipped[..], &whole[..whole.len() / 2]] {
+        fs::write(&blob, bytes).unwrap();
+        let (code, words) = stage.fails(&["pull", &reference(&source)]);
+        assert!([5, 6].contains(&code), "{code} {words}");
+        stage.assert_clean();
+        assert!(!stage.root().join("blobs/sha256").exists());
+    }
+    fs::write(&blob, &whole).unwrap();
+    stage.ok(&["pull", &reference(&source)]);
 }

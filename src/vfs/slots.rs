@@ -242,9 +242,9 @@ mod tests {
 
     #[test]
     fn few_slots_have_small_numbers() {
-        let numbers = SnapshotNumbers::new(200, &[15, 3, 255]);
-        // 8 MiB of metadata are some 100,000 files.
-        let last = (8 << 20) / 32;
+        let numbers = SnapshotNumbers::new(15, &[15, 3, 255]);
+        // 16 MiB of metadata are some 200,000 files.
+        let last = (16 << 20) / 32;
         for sort in [Sort::File, Sort::Directory { merged: true }] {
             assert!(numbers.ino(NodeId { layer: 2, nid: last }, sort).unwrap() <= u64::from(u32::MAX), "{sort:?}");
         }

@@ -1,29 +1,36 @@
 //! One connection with many snapshots and layers. Needs root, /dev/fuse, loop devices, and a kernel with EROFS and overlayfs.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _};
+use std::ops::ControlFlow;
+use std::os::unix::fs::{FileExt, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use rustix::mount::{MountFlags, UnmountFlags};
 
 use headstart::erofs::writer::LayerRole;
 use headstart::fuse::{ServeOptions, Server, serve};
-use headstart::model::{Algorithm, DiffId, Digest, Name};
+use headstart::model::{Algorithm, DiffId, Digest, FileKind, Name, ReadAt};
 use headstart::testkit::images::{EntryWithContent, directory, file, hard_link, image_of, symlink, whiteout};
-use headstart::testkit::lazy::{LazyBytes, LazyLayer};
+use headstart::testkit::lazy::{LazyBytes, LazyLayer, Reaction};
 use headstart::testkit::tree::{Listing, pattern};
-use headstart::vfs::{Forest, Layer, LayerSlot, SnapshotSlot, open_layers};
+use headstart::vfs::{
+    Bring as _, Error, FileSystem as _, Forest, ForestError, ItemKind, Layer, LayerSlot, Purpose, ROOT_INO,
+    SnapshotSlot, open_layers,
+};
 
 use crate::mounts::{mount, run};
 
 const LONG: Duration = Duration::from_secs(60);
 
 /// A layer: its diffID and its bytes.
-struct Made {
-    diff_id: DiffId,
-    bytes: Arc<LazyBytes>,
+pub(crate) struct Made {
+    pub(crate) diff_id: DiffId,
+    pub(crate) bytes: Arc<LazyBytes>,
 }
 
 impl Made {
@@ -31,9 +38,17 @@ impl Made {
         Self::of_image(image_of(LayerRole::Upper, entries).unwrap())
     }
 
-    fn of_image(image: Vec<u8>) -> Self {
+    pub(crate) fn of_image(image: Vec<u8>) -> Self {
         let diff_id = DiffId(Digest::of(Algorithm::Sha256, &image));
         Self { diff_id, bytes: LazyBytes::new(image, 1 << 14) }
+    }
+
+    fn image(&self) -> Vec<u8> {
+        let mut image = vec![0; usize::try_from(ReadAt::size(&*self.bytes)).unwrap()];
+        let range = headstart::model::ByteRange::to(image.len() as u64);
+        LazyLayer(Arc::clone(&self.bytes)).bring(range, Purpose::Read, Box::new(|result| result.unwrap()));
+        self.bytes.read_exact_at(0, &mut image).unwrap();
+        image
     }
 
     fn open(&self) -> Arc<Layer<LazyLayer>> {
@@ -43,14 +58,14 @@ impl Made {
 }
 
 /// A forest that is served.
-struct Served {
-    forest: Arc<Forest<LazyLayer>>,
-    server: Server,
+pub(crate) struct Served {
+    pub(crate) forest: Arc<Forest<LazyLayer>>,
+    pub(crate) server: Server,
     dir: tempfile::TempDir,
 }
 
 impl Served {
-    fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let forest = Arc::new(Forest::new());
         let dir = tempfile::tempdir().unwrap();
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
@@ -58,15 +73,15 @@ impl Served {
         Self { forest, server, dir }
     }
 
-    fn layer(&self, made: &Made) -> LayerSlot {
+    pub(crate) fn layer(&self, made: &Made) -> LayerSlot {
         self.forest.add_layer(made.diff_id, made.open(), None).unwrap()
     }
 
-    fn snapshot(&self, name: &str, layers: &[LayerSlot]) -> SnapshotSlot {
+    pub(crate) fn snapshot(&self, name: &str, layers: &[LayerSlot]) -> SnapshotSlot {
         self.forest.add_snapshot(&Name::new(name.as_bytes()).unwrap(), layers, None).unwrap()
     }
 
-    fn tree(&self, name: &str) -> PathBuf {
+    pub(crate) fn tree(&self, name: &str) -> PathBuf {
         self.dir.path().join("snapshots").join(name)
     }
 
@@ -109,7 +124,7 @@ fn a_layer_behind_a_loop_device_shows_what_its_snapshot_shows() {
         served.snapshot(&name, &[slot]);
         let image = served.image(made);
         let metadata = fs::metadata(&image).unwrap();
-        assert_eq!((metadata.len(), metadata.mode()), (headstart::model::ReadAt::size(&*made.bytes), 0o100_400));
+        assert_eq!((metadata.len(), metadata.mode()), (ReadAt::size(&*made.bytes), 0o100_400));
         let target = tempfile::tempdir().unwrap();
         run("mount", &["-t", "erofs", "-o", "ro,loop", image.to_str().unwrap(), target.path().to_str().unwrap()]);
         let mounted = Mounted(target.path().to_owned());
@@ -200,7 +215,7 @@ fn what_is_removed_is_gone_and_what_is_used_stays() {
     assert_eq!(fs::read(bound.0.join("etc/a")).unwrap(), b"upper");
     assert_eq!(fs::read(bound.0.join("usr/new")).unwrap(), pattern(5000));
     let mut bytes = vec![0; 1000];
-    open.read_exact_at(&mut bytes, 600_000).unwrap();
+    FileExt::read_exact_at(&open, &mut bytes, 600_000).unwrap();
     assert!(bytes == pattern(700_000)[600_000..][..1000]);
     assert!(served.forest.has_snapshot(snapshot) && served.forest.has_snapshot(other));
     // The name can be given to something else.
@@ -272,7 +287,7 @@ fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     let deadline = std::time::Instant::now() + LONG;
     while !condition() {
         assert!(std::time::Instant::now() < deadline, "{what}");
-        std::thread::yield_now();
+        thread::yield_now();
     }
 }
 
@@ -312,4 +327,178 @@ fn only_root_sees_snapshots_and_layers() {
     rustix::mount::mount_bind(served.tree("one"), bound.path()).unwrap();
     let bound = Mounted(bound.keep());
     assert!(may(&bound.0) && may(&bound.0.join("etc")));
+}
+
+#[test]
+fn a_removal_waits_for_nobody_who_waits_for_bytes() {
+    let served = Served::start();
+    let [lower, upper] = two_layers();
+    let slots = [served.layer(&lower), served.layer(&upper)];
+    let snapshot = served.snapshot("one", &slots);
+    let tool = served.tree("one").join("bin/tool");
+    assert_eq!(fs::metadata(&tool).unwrap().len(), 700_000);
+    lower.bytes.forget();
+    lower.bytes.script(|_, _| Reaction::Hold);
+    let reader = thread::spawn(move || fs::read(tool).unwrap());
+    let dir = served.tree("one").join("var/empty");
+    let looker = thread::spawn(move || fs::metadata(dir).is_ok_and(|metadata| metadata.is_dir()));
+    let image = served.image(&lower);
+    let raw = thread::spawn(move || fs::read(image).unwrap());
+    lower.bytes.wait_for_held(3);
+    served.forest.remove_snapshot(snapshot).unwrap();
+    for slot in slots {
+        served.forest.remove_layer(slot).unwrap();
+    }
+    assert!(served.server.settle(LONG));
+    assert!(!served.tree("one").exists());
+    assert!(!reader.is_finished() && !looker.is_finished() && !raw.is_finished());
+    // What was asked for is answered all the same.
+    lower.bytes.script(|_, _| Reaction::Now);
+    lower.bytes.release();
+    assert!(reader.join().unwrap() == pattern(700_000));
+    assert!(looker.join().unwrap());
+    assert!(raw.join().unwrap().len() > 700_000);
+}
+
+#[test]
+fn snapshots_come_and_go_under_their_readers() {
+    const ROUNDS: usize = 60;
+    let served = Served::start();
+    let [lower, upper] = two_layers();
+    let held = served.layer(&lower);
+    let names = ["a", "b", "c"];
+    let over = AtomicBool::new(false);
+    let seen = AtomicUsize::new(0);
+    thread::scope(|scope| {
+        for name in names {
+            let (served, over, seen) = (&served, &over, &seen);
+            scope.spawn(move || {
+                let tool = served.tree(name).join("bin/tool");
+                while !over.load(Ordering::Relaxed) {
+                    // It is there or not; if it is there it is right.
+                    match fs::read(&tool) {
+                        Ok(bytes) => {
+                            assert!(bytes == pattern(700_000));
+                            seen.fetch_add(1, Ordering::Relaxed);
+                        }
+                        Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::NotFound, "{error}"),
+                    }
+                    let listed = fs::read_dir(served.dir.path().join("snapshots")).unwrap();
+                    assert!(listed.count() <= names.len());
+                }
+            });
+        }
+        for round in 0..ROUNDS {
+            let layers = [held, served.layer(&upper)];
+            let slots = names.map(|name| served.snapshot(name, &layers));
+            if round % 10 == 0 {
+                let before = seen.load(Ordering::Relaxed);
+                wait_until("somebody reads", || seen.load(Ordering::Relaxed) > before);
+            }
+            for slot in slots {
+                served.forest.remove_snapshot(slot).unwrap();
+            }
+            served.forest.remove_layer(layers[1]).unwrap();
+        }
+        over.store(true, Ordering::Relaxed);
+    });
+    served.forest.remove_layer(held).unwrap();
+    assert!(served.server.settle(LONG));
+    served.server.drop_unused().unwrap();
+    for made in [lower, upper] {
+        wait_until("nothing is left", || Arc::strong_count(&made.bytes) == 1);
+    }
+}
+
+/// Inode numbers of everything in a snapshot, without a kernel.
+fn numbers(forest: &Forest<LazyLayer>, name: &str) -> BTreeMap<Vec<u8>, u64> {
+    let look = |parent, name: &[u8]| forest.lookup(parent, name).unwrap().unwrap().ino;
+    let root = look(look(ROOT_INO, b"snapshots"), name.as_bytes());
+    let mut found = BTreeMap::from([(Vec::new(), root)]);
+    let mut left = vec![(Vec::new(), root)];
+    while let Some((path, dir)) = left.pop() {
+        forest
+            .read_dir(dir, 0, &mut |item| {
+                if let ItemKind::File(stat) = item.kind {
+                    let path = [&path[..], b"/", item.name].concat();
+                    assert_eq!(forest.stat(stat.ino).unwrap(), stat);
+                    found.insert(path.clone(), stat.ino);
+                    if stat.attributes.kind == FileKind::Directory {
+                        left.push((path, stat.ino));
+                    }
+                }
+                ControlFlow::Continue(())
+            })
+            .unwrap();
+    }
+    found
+}
+
+#[test]
+fn numbers_are_made_of_slots_alone() {
+    let [lower, upper] = two_layers().map(|made| {
+        made.bytes.script(|_, _| Reaction::Now);
+        Made { bytes: LazyBytes::local(made.image()), ..made }
+    });
+    let name = Name::new(&b"s"[..]).unwrap();
+    let plant = |slots: [u32; 3], other: bool| {
+        let forest = Forest::new();
+        if other {
+            forest.add_layer(DiffId(Digest::of(Algorithm::Sha256, b"other")), upper.open(), None).unwrap();
+        }
+        let layers = [(&lower, slots[0]), (&upper, slots[1])]
+            .map(|(made, slot)| forest.add_layer(made.diff_id, made.open(), Some(LayerSlot(slot))).unwrap());
+        let snapshot = forest.add_snapshot(&name, &layers, Some(SnapshotSlot(slots[2]))).unwrap();
+        assert_eq!((layers, snapshot), ([LayerSlot(slots[0]), LayerSlot(slots[1])], SnapshotSlot(slots[2])));
+        numbers(&forest, "s")
+    };
+    let seen = plant([7, 3, 300], false);
+    assert_eq!(seen.len(), 11);
+    assert_eq!(seen, plant([7, 3, 300], true));
+    let moved = plant([7, 3, 301], false);
+    for (path, ino) in &seen {
+        let is_shared = [&b"/bin/tool"[..], b"/etc/a", b"/etc/again", b"/link", b"/usr/new"].contains(&&path[..]);
+        assert_eq!(moved[path] == *ino, is_shared, "{}", String::from_utf8_lossy(path));
+    }
+}
+
+#[test]
+fn slots_and_names_are_given_once() {
+    let [lower, upper] = two_layers();
+    let forest = Forest::new();
+    let slot = forest.add_layer(lower.diff_id, lower.open(), Some(LayerSlot(5))).unwrap();
+    assert_eq!(forest.add_layer(lower.diff_id, lower.open(), None).unwrap(), slot);
+    let refused = |result: Result<LayerSlot, ForestError>| result.unwrap_err().to_string();
+    let text = refused(forest.add_layer(upper.diff_id, upper.open(), Some(slot)));
+    assert_eq!(text, format!("cannot give slot 5 to layer {}: layer {} has it", upper.diff_id, lower.diff_id));
+    let text = refused(forest.add_layer(lower.diff_id, lower.open(), Some(LayerSlot(6))));
+    assert_eq!(text, format!("cannot give slot 6 to layer {}: its slot is 5", lower.diff_id));
+    assert!(matches!(
+        forest.add_layer(upper.diff_id, upper.open(), Some(LayerSlot(1 << 24))),
+        Err(ForestError::NoSuchSlot(_))
+    ));
+    let name = |text: &str| Name::new(text.as_bytes()).unwrap();
+    let one = forest.add_snapshot(&name("one"), &[slot], Some(SnapshotSlot(9))).unwrap();
+    let again = |text: &str, layers: &[LayerSlot], slot| forest.add_snapshot(&name(text), layers, slot).unwrap_err();
+    assert!(matches!(again("one", &[slot], None), ForestError::NameTaken(_)));
+    assert!(matches!(again("two", &[slot], Some(one)), ForestError::SlotTaken { .. }));
+    assert!(matches!(again("two", &[LayerSlot(6)], None), ForestError::NoSuchLayer(6)));
+    assert!(matches!(again("two", &[], None), ForestError::Layers { .. }));
+    // It takes as many removals as additions, and snapshots keep what they show.
+    forest.remove_layer(slot).unwrap();
+    assert!(forest.lookup(3, lower.diff_id.to_string().as_bytes()).unwrap().is_some());
+    forest.remove_layer(slot).unwrap();
+    assert!(matches!(forest.remove_layer(slot), Err(ForestError::NoSuchLayer(5))));
+    assert_eq!(forest.lookup(3, lower.diff_id.to_string().as_bytes()).unwrap(), None);
+    assert!(forest.has_layer(slot));
+    assert!(numbers(&forest, "one").contains_key(&b"/bin/tool"[..]));
+    // The kernel has looked it up once, and layers' file as often.
+    forest.remove_snapshot(one).unwrap();
+    let root = 4 + (9 << 4 | 3);
+    assert!(forest.has_snapshot(one));
+    forest.forget(root, 1);
+    assert!(!forest.has_snapshot(one) && forest.has_layer(slot));
+    assert!(matches!(forest.stat(root), Err(Error::NoSuchInode(_))));
+    forest.forget(4 + (1 << 8 | 5 << 4 | 3), 1);
+    assert!(!forest.has_layer(slot));
 }

@@ -12,6 +12,7 @@ use proptest::sample::select;
 use proptest::test_runner::{Config, TestRunner};
 use rustix::fs::{CWD, FileType, Mode, XattrFlags};
 
+use crate::forest::{Made, Served};
 use crate::mounts::{Kernel, lazy, mkfs, mount};
 
 /// What a path of a layer is.
@@ -113,14 +114,28 @@ fn image(lines: &[Line]) -> Vec<u8> {
     mkfs(root.path(), &["--quiet"])
 }
 
-/// What the kernel and this program show for the same layers, the lowest first.
+/// What the kernel and this program show for the same layers, the lowest first. A forest must show the same, also of the
+/// layers without the topmost one, which it shares the files of.
 fn both(images: Vec<Vec<u8>>) -> (Listing, Listing) {
     let kernel = Kernel::stack(&images);
+    let served = Served::start();
+    let slots: Vec<_> = images.iter().map(|image| served.layer(&Made::of_image(image.clone()))).collect();
+    let (_, below) = slots.split_last().unwrap();
+    if below.len() > 1 {
+        served.snapshot("below", below);
+        let judge = Kernel::stack(&images[..below.len()]);
+        let judged = Listing::of_overlay(judge.tree()).unwrap();
+        judged.assert_equals(&Listing::of_overlay(&served.tree("below")).unwrap());
+    }
+    served.snapshot("all", &slots);
+    let in_forest = Listing::of_overlay(&served.tree("all")).unwrap();
+    drop(served);
     let target = tempfile::tempdir().unwrap();
     let server = mount(&lazy(images), target.path());
     let shown = Listing::of_overlay(target.path()).unwrap();
     server.unmount(Unmount::Lazy).unwrap();
     server.wait();
+    in_forest.assert_equals(&shown);
     (Listing::of_overlay(kernel.tree()).unwrap(), shown)
 }
 

@@ -27,8 +27,6 @@
 
 mod serve;
 mod table;
-#[cfg(test)]
-mod tests;
 
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::thread;

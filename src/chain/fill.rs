@@ -14,8 +14,8 @@ use crate::model::{BlobDigest, Timestamp};
 pub struct PulledLayer {
     /// Which layer.
     pub id: LayerId,
-    /// Size of its image in bytes.
-    pub size: u64,
+    /// Size of its image in bytes, if it is known before the image is complete.
+    pub size: Option<u64>,
     /// The name to commit it under: its ChainID.
     pub name: Key,
 }
@@ -118,12 +118,18 @@ fn same_parent(name: &Key, found: Option<&Key>, wanted: Option<&Key>) -> Result<
 }
 
 /// The number of the layer, which gets one if it has none.
-pub(super) fn known_layer(draft: &mut Draft<'_>, id: &LayerId, size: u64) -> Result<LayerSlot, ChainError> {
+pub(super) fn known_layer(draft: &mut Draft<'_>, id: &LayerId, size: Option<u64>) -> Result<LayerSlot, ChainError> {
     if let Some(known) = draft.layer_of(id) {
-        if known.size != size {
-            return Err(Invalid::LayerSize { id: id.clone(), found: known.size, wanted: size }.into());
+        let slot = known.slot;
+        if known.size.is_none() && size.is_some() {
+            let sized = Layer { size, ..known.clone() };
+            draft.put_layer(sized);
+        } else if let (Some(found), Some(wanted)) = (known.size, size)
+            && found != wanted
+        {
+            return Err(Invalid::LayerSize { id: id.clone(), found, wanted }.into());
         }
-        return Ok(known.slot);
+        return Ok(slot);
     }
     let slot = draft.layer_slot(&id.diff_id.to_string())?;
     draft.put_layer(Layer { slot, id: id.clone(), size, local: None });
@@ -146,7 +152,9 @@ fn layer_named(draft: &Draft<'_>, id: &LayerId) -> Result<Layer, ChainError> {
     found.ok_or_else(|| ChainError::NotFound { subject: Subject::Layer, name: id.diff_id.to_string() })
 }
 
-pub(super) fn layer_local(draft: &mut Draft<'_>, id: &LayerId, now: Timestamp) -> Result<(), ChainError> {
+pub(super) fn layer_local(draft: &mut Draft<'_>, id: &LayerId, size: u64, now: Timestamp) -> Result<(), ChainError> {
+    layer_named(draft, id)?;
+    known_layer(draft, id, Some(size))?;
     let layer = layer_named(draft, id)?;
     if layer.local.is_none() {
         draft.put_layer(Layer { local: Some(now), ..layer });

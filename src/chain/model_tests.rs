@@ -80,7 +80,7 @@ fn command(step: &Step) -> Option<Command> {
             key: key(name),
             parent: optional(parent),
             labels: Labels::new(),
-            layer: layer.as_ref().map(|layer| (of(layer), 4096)),
+            layer: layer.as_ref().map(|layer| (of(layer), None)),
         },
         Step::View(name, parent) => Command::View { key: key(name), parent: optional(parent), labels: Labels::new() },
         Step::Commit(from, name, parent) => Command::Commit {
@@ -102,11 +102,11 @@ fn command(step: &Step) -> Option<Command> {
             layers: layers
                 .iter()
                 .zip(chain_names(layers))
-                .map(|(layer, name)| PulledLayer { id: of(layer), size: 4096, name: key(&name) })
+                .map(|(layer, name)| PulledLayer { id: of(layer), size: Some(4096), name: key(&name) })
                 .collect(),
         },
         Step::Forget(image) => Command::Forget { image: image.clone() },
-        Step::Local(layer) => Command::LayerLocal { layer: of(layer) },
+        Step::Local(layer) => Command::LayerLocal { layer: of(layer), size: 4096 },
         Step::Lost(layer) => Command::LayerLost { layer: of(layer) },
         Step::Collect => return None,
     })

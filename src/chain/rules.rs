@@ -19,8 +19,9 @@ pub enum Command {
         parent: Option<Key>,
         /// Notes.
         labels: Labels,
-        /// The layer that holds its files and the size of its image; without one it gets a directory of its own.
-        layer: Option<(LayerId, u64)>,
+        /// The layer that holds its files, and the size of its image if it is known; without one it gets a directory of
+        /// its own.
+        layer: Option<(LayerId, Option<u64>)>,
     },
     /// A snapshot that can be read.
     View {
@@ -76,6 +77,8 @@ pub enum Command {
     LayerLocal {
         /// Which layer.
         layer: LayerId,
+        /// Size of its image in bytes.
+        size: u64,
     },
     /// A layer that was local is not complete any more.
     LayerLost {
@@ -101,7 +104,7 @@ pub(super) fn plan(chain: &Chain, command: &Command, now: Timestamp) -> Result<C
         Command::Update { key, labels, fields } => update(&mut draft, key, labels, fields, now)?,
         Command::Pull { image, manifest, layers } => fill::pull(&mut draft, image, *manifest, layers, now)?,
         Command::Forget { image } => fill::forget(&mut draft, image)?,
-        Command::LayerLocal { layer } => fill::layer_local(&mut draft, layer, now)?,
+        Command::LayerLocal { layer, size } => fill::layer_local(&mut draft, layer, *size, now)?,
         Command::LayerLost { layer } => fill::layer_lost(&mut draft, layer)?,
     }
     Ok(draft.finish())
@@ -113,7 +116,7 @@ fn create(
     kind: Kind,
     parent: Option<&Key>,
     labels: &Labels,
-    layer: Option<&(LayerId, u64)>,
+    layer: Option<&(LayerId, Option<u64>)>,
     now: Timestamp,
 ) -> Result<(), ChainError> {
     if let Some(parent) = parent {

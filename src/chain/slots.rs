@@ -3,12 +3,12 @@
 //! The kernel may know an inode by its number for a while after the snapshot it belonged to is gone. So a number that
 //! became free is not the next one to be given: the search goes on from the number given last, round and round.
 
-/// The largest number of a snapshot or an image. With 20 bits for snapshots, 20 for layers and 24 for inodes of a layer
-/// an inode number would be full; nothing near this many exists at a time.
-pub const MAX_SNAPSHOT_SLOT: u32 = (1 << 20) - 1;
+/// The largest number of a snapshot or an image. Inode numbers hold a slot in 4, 8, 16 or 24 bits, and those of layers
+/// below 64 GiB stay below 2^53 with 16; a host has some thousand snapshots.
+pub const MAX_SNAPSHOT_SLOT: u32 = (1 << 16) - 1;
 
 /// The largest number of a layer.
-pub const MAX_LAYER_SLOT: u32 = (1 << 20) - 1;
+pub const MAX_LAYER_SLOT: u32 = (1 << 16) - 1;
 
 /// The first number above `cursor` that is free, from 1 again after `max`. Zero is never given.
 pub(super) fn next_free(cursor: u32, max: u32, is_free: impl Fn(u32) -> bool) -> Option<u32> {

@@ -48,7 +48,7 @@ pub(super) fn manifest() -> BlobDigest {
 }
 
 fn pull(image: &str, layers: &[(&str, &str)]) -> Command {
-    let layers = layers.iter().map(|(of, name)| PulledLayer { id: layer(of), size: 4096, name: key(name) });
+    let layers = layers.iter().map(|(of, name)| PulledLayer { id: layer(of), size: None, name: key(name) });
     Command::Pull { image: image.to_owned(), manifest: manifest(), layers: layers.collect() }
 }
 
@@ -58,7 +58,7 @@ pub(super) fn fill(of: &str, becomes: &str) -> String {
 }
 
 fn local(name: &str) -> Command {
-    Command::LayerLocal { layer: layer(name) }
+    Command::LayerLocal { layer: layer(name), size: 4096 }
 }
 
 /// What an error is to whoever asked.
@@ -538,7 +538,7 @@ fn pulls_that_contradict_what_is_there_are_refused() {
     let sized = Command::Pull {
         image: "x".to_owned(),
         manifest: manifest(),
-        layers: vec![PulledLayer { id: layer("l0"), size: 1, name: key("c9") }],
+        layers: vec![PulledLayer { id: layer("l0"), size: Some(1), name: key("c9") }],
     };
     for (command, wanted) in [
         (pull("x", &[("l0", "active-1")]), Precondition),

@@ -227,8 +227,9 @@ pub struct Layer {
     /// Which one it is.
     #[serde(flatten)]
     pub id: LayerId,
-    /// Size of its image in bytes.
-    pub size: u64,
+    /// Size of its image in bytes, once that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<u64>,
     /// Since when all of it is on this machine and known to be what its diffID says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub local: Option<Timestamp>,

@@ -11,6 +11,7 @@
 //!     lock guard  advisory locks: shared while used, exclusive for removal; exclusive for short changes
 //! <root>/documents/<algorithm>/<hex>               manifests, configs: small blobs kept whole
 //! <root>/refs/<hex>.json                           what a reference pointed to when it was last seen
+//! <root>/state/snapshots.redb                      snapshots, layers and images: see [`records`]
 //! <root>/tmp/                                      things in the making
 //! ```
 //!
@@ -31,6 +32,7 @@ mod documents;
 mod error;
 mod files;
 mod meta;
+pub mod records;
 mod sync;
 mod whole;
 

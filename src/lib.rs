@@ -21,6 +21,7 @@
 //! | 4 | `fetch` | single flight, range merging, priorities, budgets: the only download path |
 //! | 5 | `vfs` | inodes, lookups, directories, reads of a merged snapshot |
 //! | 5 | `unpack` | layers brought to local: background fills and pulls |
+//! | 5 | `snapshots` | snapshots of a node: rules, records, directories, layers |
 //! | 5 | `convert` | pull, rebuild, push |
 //! | 5 | `drivers` | layer images mounted by the kernel and handed over to local files |
 //! | 6 | `fuse` | the kernel's FUSE protocol |
@@ -47,6 +48,7 @@ pub mod oci;
 pub mod overlay;
 pub mod registry;
 pub mod serve;
+pub mod snapshots;
 pub mod store;
 pub mod sys;
 pub mod tar;

@@ -2,12 +2,13 @@
 
 use std::fmt;
 use std::path::Path;
+use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
 use super::StoreError;
 use crate::chunked::IndexFamily;
-use crate::model::{BlobDigest, ChainId, DiffId, IndexDigest};
+use crate::model::{BlobDigest, ChainId, DiffId, Digest, IndexDigest};
 
 const FORMAT: &str = "headstart-blob";
 const VERSION: u32 = 1;
@@ -55,6 +56,28 @@ impl fmt::Display for Anchor {
             Self::Tar(chain) => write!(f, "{}-{}", self.kind(), chain.0.hex()),
             Self::ImageSpec(digest) | Self::Pr12703(digest) => write!(f, "{}-{}", self.kind(), digest.0.hex()),
         }
+    }
+}
+
+/// A text that names no anchor.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is not what an image can be verified against")]
+pub struct NoAnchor(String);
+
+impl FromStr for Anchor {
+    type Err = NoAnchor;
+
+    fn from_str(text: &str) -> Result<Self, NoAnchor> {
+        let none = || NoAnchor(text.to_owned());
+        if text == Self::Whole.kind() {
+            return Ok(Self::Whole);
+        }
+        let (kind, hex) = text.split_once('-').ok_or_else(none)?;
+        let digest = hex::decode(hex).ok().and_then(|bytes| Digest::from_bytes(&bytes).ok()).ok_or_else(none)?;
+        let index = IndexDigest(digest);
+        let known = [Self::Tar(ChainId(digest)), Self::ImageSpec(index), Self::Pr12703(index)];
+        // Written as it would be written, or not at all: it becomes a path.
+        known.into_iter().find(|anchor| anchor.kind() == kind && anchor.to_string() == text).ok_or_else(none)
     }
 }
 
@@ -188,6 +211,24 @@ mod tests {
             assert!(meta.is_about(&spec().blob, spec().anchor));
             assert!(!meta.is_about(&spec().blob, Anchor::Whole));
         }
+    }
+
+    #[test]
+    fn anchors_are_read_as_they_are_written_and_nothing_else_is_one() {
+        let hex = "ab".repeat(32);
+        for text in ["whole".to_owned(), format!("index-{hex}"), format!("pr12703-{hex}"), format!("index-{hex}{hex}")]
+        {
+            assert_eq!(text.parse::<Anchor>().unwrap().to_string(), text);
+        }
+        let long = Digest::of(Algorithm::Sha512, b"");
+        for anchor in [Anchor::Whole, spec().anchor, Anchor::Pr12703(IndexDigest(long)), Anchor::Tar(ChainId(long))] {
+            assert_eq!(anchor.to_string().parse(), Ok(anchor));
+        }
+        for text in ["", "whole-", "index", "index-", "index-ab", "other-", "../whole", "whole/..", "Index-abab"] {
+            assert!(text.parse::<Anchor>().is_err(), "{text:?} was taken");
+        }
+        let upper = format!("index-{}", hex.to_uppercase());
+        assert!(upper.parse::<Anchor>().is_err(), "an anchor has one form");
     }
 
     #[test]

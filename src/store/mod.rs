@@ -45,7 +45,7 @@ pub use bits::BootId;
 pub use blob::BlobFile;
 pub use documents::Reference;
 pub use error::StoreError;
-pub use meta::{Anchor, BlobSpec, Verdict};
+pub use meta::{Anchor, BlobSpec, NoAnchor, Verdict};
 pub use whole::WholeWriter;
 
 use crate::model::{BlobDigest, DiffId, Digest};
@@ -231,8 +231,7 @@ impl Store {
     }
 
     fn place(&self, blob: &BlobDigest, anchor: Anchor) -> PathBuf {
-        let Self { root, .. } = self;
-        root.join("blobs").join(blob.0.algorithm().name()).join(blob.0.hex()).join(anchor.to_string())
+        place(&self.root, blob, anchor)
     }
 
     fn tmp(&self) -> PathBuf {
@@ -285,6 +284,15 @@ impl Drop for Store {
     fn drop(&mut self) {
         self.syncer.stop();
     }
+}
+
+fn place(root: &Path, blob: &BlobDigest, anchor: Anchor) -> PathBuf {
+    root.join("blobs").join(blob.0.algorithm().name()).join(blob.0.hex()).join(anchor.to_string())
+}
+
+/// Where the image of `blob` with this anchor is, if it is there at all. None if `anchor` is none.
+pub fn image_path(root: &Path, blob: &BlobDigest, anchor: &str) -> Option<PathBuf> {
+    Some(place(root, blob, anchor.parse().ok()?).join(blob::IMAGE))
 }
 
 fn this_boot() -> Result<BootId, StoreError> {

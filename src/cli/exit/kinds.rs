@@ -4,6 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use super::{Problem, Told};
+use crate::chain::{ChainError, Damage};
 use crate::chunked::{AssembleError, SequentialError};
 use crate::control::ControlError;
 use crate::convert::ImageError;
@@ -25,7 +26,9 @@ use crate::oci::{DocumentError, PlanError, PlatformError, ReferenceError};
 use crate::overlay;
 use crate::registry::{Attempts, HostsError, RegistryError, TryError};
 use crate::serve::ServeError;
+use crate::snapshots::SnapshotsError;
 use crate::store::StoreError;
+use crate::store::records::RecordsError;
 use crate::sys::loopdev::LoopError;
 use crate::sys::mount::MountError;
 use crate::tar::TarError;
@@ -83,6 +86,10 @@ pub(super) fn known(error: &(dyn std::error::Error + 'static)) -> Option<Problem
         UnsupportedData => |_: &UnsupportedData| Some(Problem::Unsupported),
         LayoutError => of_layout,
         StoreError => of_store,
+        ChainError => of_chain,
+        Damage => |_: &Damage| Some(Problem::Corrupt),
+        RecordsError => of_records,
+        SnapshotsError => of_snapshots,
         TarError => of_tar,
         ServeError => of_serve,
         ControlError => of_control,
@@ -206,6 +213,34 @@ fn of_store(error: &StoreError) -> Option<Problem> {
         StoreError::Full { .. } | StoreError::DamagedInUse { .. } => Some(Problem::Local),
         StoreError::Unsupported { .. } => Some(Problem::Unsupported),
         StoreError::OutOfBounds { .. } => Some(Problem::Internal),
+    }
+}
+
+fn of_chain(error: &ChainError) -> Option<Problem> {
+    Some(match error {
+        ChainError::NotFound { .. } => Problem::NotFound,
+        ChainError::AlreadyExists { .. } | ChainError::FailedPrecondition { .. } | ChainError::InvalidArgument(_) => {
+            Problem::Usage
+        }
+    })
+}
+
+fn of_records(error: &RecordsError) -> Option<Problem> {
+    match error {
+        RecordsError::Refused(error) => of_chain(error),
+        RecordsError::InUse { .. } | RecordsError::Unclean { .. } | RecordsError::Database { .. } => {
+            Some(Problem::Local)
+        }
+        RecordsError::Unsupported { .. } => Some(Problem::Unsupported),
+        RecordsError::Damaged { .. } | RecordsError::Contradiction { .. } => Some(Problem::Corrupt),
+        RecordsError::Store(error) => of_store(error),
+    }
+}
+
+fn of_snapshots(error: &SnapshotsError) -> Option<Problem> {
+    match error {
+        SnapshotsError::Records(error) => of_records(error),
+        SnapshotsError::Store(error) => of_store(error),
     }
 }
 

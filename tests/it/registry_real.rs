@@ -17,7 +17,7 @@ use headstart::transport::{TransportError, Transports};
 use crate::transport::{Tiny, assert_holds, skopeo, tiny};
 
 /// A process that ends with its owner.
-struct Process {
+pub(crate) struct Process {
     child: Child,
     log: PathBuf,
 }
@@ -61,14 +61,14 @@ fn free_port() -> u16 {
 }
 
 /// A docker-registry with its own storage.
-struct Registry {
+pub(crate) struct Registry {
     process: Process,
     port: u16,
 }
 
 impl Registry {
     /// `auth` is the part of its configuration by that name, or nothing.
-    fn start(directory: &Path, auth: &str) -> Self {
+    pub(crate) fn start(directory: &Path, auth: &str) -> Self {
         for _ in 0..5 {
             let port = free_port();
             let config = directory.join("registry.yml");
@@ -87,12 +87,12 @@ impl Registry {
         panic!("docker-registry did not start five times: {}", directory.display());
     }
 
-    fn host(&self) -> String {
+    pub(crate) fn host(&self) -> String {
         format!("127.0.0.1:{}", self.port)
     }
 
     /// Its access log so far.
-    fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         std::fs::read_to_string(&self.process.log).unwrap()
     }
 }
@@ -199,7 +199,8 @@ async fn ranges_are_ranges_and_missing_tags_are_missing() {
     assert!(error.contains("app:v2: there is no such image or blob"), "{error}");
 }
 
-fn htpasswd(directory: &Path) -> String {
+/// The `auth` of a registry that wants `me` with the password `hunter2`.
+pub(crate) fn htpasswd(directory: &Path) -> String {
     let output = Command::new("htpasswd").args(["-Bbn", "me", "hunter2"]).output().unwrap();
     assert!(output.status.success());
     let path = directory.join("htpasswd");
@@ -248,7 +249,7 @@ fn openssl(directory: &Path, arguments: &[&str]) {
 }
 
 /// An authority, and a certificate of it for 127.0.0.1 and a client: `ca.pem`, `server.pem`, `server.key`, `client.*`.
-fn certificates(directory: &Path) {
+pub(crate) fn certificates(directory: &Path) {
     let key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"];
     let make = |arguments: &[&str]| openssl(directory, &[&["req"][..], &key, arguments].concat());
     make(&["-x509", "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=test authority"]);
@@ -285,11 +286,11 @@ fn certificates(directory: &Path) {
 }
 
 /// nginx with TLS in front of a registry; only those with our certificate come in.
-fn nginx(directory: &Path, registry: &Registry) -> (Process, u16) {
+pub(crate) fn nginx(directory: &Path, registry: &Registry) -> (Process, u16) {
     for _ in 0..5 {
         let port = free_port();
         let text = format!(
-            "daemon off; user root; worker_processes 1; pid {d}/nginx.pid; error_log stderr; events {{}}
+            "daemon off; master_process off; user root; pid {d}/nginx.pid; error_log stderr; events {{}}
              http {{ access_log {d}/nginx.access; client_max_body_size 0; proxy_temp_path {d}/t1;
              client_body_temp_path {d}/t2; fastcgi_temp_path {d}/t3; uwsgi_temp_path {d}/t4; scgi_temp_path {d}/t5;
              server {{ listen 127.0.0.1:{port} ssl; ssl_certificate {d}/server.pem; ssl_certificate_key {d}/server.key;

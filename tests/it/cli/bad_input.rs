@@ -11,7 +11,7 @@ use super::stage::{Stage, noise, reference, tar};
 
 /// The words of a failure: what was attempted, why, and what to do, each once.
 #[track_caller]
-fn assert_told(words: &str, expected: &[&str]) {
+pub(super) fn assert_told(words: &str, expected: &[&str]) {
     for part in expected {
         assert!(words.contains(part), "{part:?} is missing in {words:?}");
     }

@@ -5,4 +5,5 @@ mod commands;
 mod convert;
 mod mounts;
 mod pulls;
+mod real_registry;
 pub(crate) mod stage;

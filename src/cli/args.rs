@@ -110,6 +110,9 @@ pub(crate) struct Convert {
     /// zstd level, 1 to 22 [default: chosen by the converter]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(1..=22))]
     pub(crate) level: Option<i32>,
+    /// Lay these files out first, in this order: one path a line, what a start reads. They arrive in few requests
+    #[arg(long, value_name = "FILE")]
+    pub(crate) profile: Option<PathBuf>,
     /// Threads to work with [default: one per processor]
     #[arg(long, short, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub(crate) jobs: Option<u16>,
@@ -315,7 +318,7 @@ mod tests {
     fn the_commands_of_the_manual_are_understood() {
         for line in [
             "convert docker://a.example/b:c oci:d:e --platform linux/arm64 --append --compat containerd-2.3 \
-             --chunk-size 1MiB --level 9 --jobs 2",
+             --chunk-size 1MiB --level 9 --jobs 2 --profile p",
             "convert oci:a oci:b --all-platforms",
             "mount localhost:5000/a:b /mnt --driver fuse --upper /up --foreground",
             "mount oci:a /mnt --no-daemon",

@@ -1,4 +1,4 @@
-//! The standard output: where data goes, and nothing else.
+//! The standard output: where data goes, and nothing else; and notes about it on the standard error.
 
 use std::io::{self, Write};
 
@@ -18,6 +18,16 @@ pub(crate) fn json(value: &impl serde::Serialize) -> io::Result<()> {
     serde_json::to_writer_pretty(&mut out, value)?;
     out.write_all(b"\n")?;
     out.flush()
+}
+
+/// Writes lines about the data to the standard error. Who does not listen misses nothing that matters.
+pub(crate) fn notes(lines: &[String]) {
+    let mut out = io::stderr().lock();
+    for line in lines {
+        if writeln!(out, "note: {line}").is_err() {
+            return;
+        }
+    }
 }
 
 /// True if writing failed because nobody reads any more.

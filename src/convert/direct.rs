@@ -7,7 +7,7 @@ use std::io::{self, BufWriter, Read, Write};
 use std::path::Path;
 
 use super::adopt::LowerLayers;
-use super::layer::{LayerError, LayerOptions, read_tar};
+use super::layer::{LayerError, LayerOptions, TarTree, read_tar};
 use super::packer::{BlockStore, EarlyFiles};
 use crate::erofs::writer::{
     Area, BLOCK_BITS, BLOCK_SIZE, DataBlock, Extents, FileData, ImageIdentity, LayerRole, Plan, Tree, TreeError,
@@ -55,14 +55,14 @@ fn write(
     let options = LayerOptions::new(role, diff_id, Path::new("."));
     let mut blocks = Blocks { out: BufWriter::with_capacity(BUFFER, out), blocks: 0 };
     blocks.write(&[0; 1 << BLOCK_BITS])?;
-    let (tree, _) = read_tar(source, role, &mut blocks, &mut EarlyFiles::new(&options), lower)?;
+    let TarTree { tree, .. } = read_tar(source, role, &mut blocks, &mut EarlyFiles::new(&options), lower)?;
     let late = u32::try_from(blocks.blocks).map_err(|_| TreeError::TooLarge)?;
     let plan = Plan::behind(tree, ImageIdentity::of_source(&diff_id.0), late)?;
     let mut split = FirstBlock { first: Vec::new(), out: &mut blocks.out };
     plan.write_behind(&mut split).map_err(failed)?;
     let first = split.first;
     blocks.out.flush().map_err(failed)?;
-    Ok((first, *plan.statistics()))
+    Ok((first, plan.statistics().clone()))
 }
 
 fn failed(source: io::Error) -> LayerError {

@@ -1,9 +1,10 @@
 //! What a conversion tells while it runs. Whoever listens draws progress bars or writes log lines.
 
-use crate::model::BlobDigest;
+use crate::model::{BlobDigest, RelPath};
 use crate::oci::Platform;
 
 use super::layer::LayerStatistics;
+use super::left_out::LeftOut;
 
 /// Something that happened. Layers are numbered from the lowest, 0; images in the order in which they are converted.
 #[derive(Debug, Clone)]
@@ -54,14 +55,21 @@ pub enum Event<'a> {
         /// Its manifest.
         manifest: BlobDigest,
     },
-    /// Entries of a tar that mean nothing here were left out.
+    /// Something of a layer is not in the result.
     LeftOut {
         /// Which image.
         image: usize,
         /// Which layer.
         layer: usize,
-        /// What, as a sentence.
-        what: &'a str,
+        /// What.
+        what: &'a LeftOut,
+    },
+    /// The start-up profile names paths that are no regular files of the layers that were converted.
+    NotLaidOut {
+        /// Which image.
+        image: usize,
+        /// Which paths, in the order of the profile.
+        paths: &'a [RelPath],
     },
 }
 

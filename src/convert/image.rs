@@ -6,6 +6,7 @@
 //!
 //! It refuses to know what a registry or a layout is.
 
+use std::collections::HashSet;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -17,7 +18,7 @@ use tokio::sync::Semaphore;
 use super::events::{Event, Observer};
 use super::layer::{ChunkSizes, DEFAULT_LEVEL, LayerError};
 use super::stack::{Memory, Stack, Workshop, is_erofs};
-use crate::model::{BlobDigest, DiffId};
+use crate::model::{BlobDigest, DiffId, RelPath};
 use crate::oci::{
     Config, Descriptor, Document, DocumentError, EROFS_FEATURE, Form, Index, Manifest, Platform, PlatformRecord,
     Prefer, Reference, media,
@@ -50,6 +51,8 @@ pub struct ImageOptions {
     pub chunks: ChunkSizes,
     /// zstd level.
     pub level: i32,
+    /// Files to lay out first, in this order: what a start-up profile names.
+    pub profile: Vec<RelPath>,
     /// Layers and chunks that are worked on at a time.
     pub jobs: NonZeroUsize,
 }
@@ -62,6 +65,7 @@ impl Default for ImageOptions {
             form: Form::default(),
             chunks: ChunkSizes::default(),
             level: DEFAULT_LEVEL,
+            profile: Vec::new(),
             jobs: std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN),
         }
     }
@@ -316,6 +320,7 @@ impl Conversion {
         };
         if is_erofs(&manifest.layers)? {
             self.copy(image).await?;
+            self.tell_misses(number, &HashSet::new());
             let mut descriptor = unnamed(source.clone());
             descriptor.platform = Some(with_erofs(&record(image)));
             let converted = report(&descriptor, &manifest.layers);
@@ -323,11 +328,12 @@ impl Conversion {
         }
         // An image without layers gets an empty one: the topmost must be a file system (EROFS image layer format, 3.8).
         let is_bare = manifest.layers.is_empty();
-        let Stack { layers, diff_ids } = if is_bare {
+        let Stack { layers, diff_ids, early } = if is_bare {
             Arc::clone(&self.workshop).empty().await?
         } else {
             self.workshop.stack(number, &manifest.layers, config.diff_ids(), &mut self.memory).await?
         };
+        self.tell_misses(number, &early);
         let config = if is_bare { with_empty_layer(config)? } else { config.clone() };
         let config = config.with_layers(&diff_ids, true).map_err(ImageError::Config)?;
         let config_descriptor = config.descriptor();
@@ -343,6 +349,15 @@ impl Conversion {
         descriptor.platform = Some(with_erofs(&record(image)));
         let converted = report(&descriptor, &new.layers);
         Ok((Entry { descriptor, bytes }, converted))
+    }
+
+    /// Tells which files of the profile were not in image number `image`.
+    fn tell_misses(&self, image: usize, found: &HashSet<RelPath>) {
+        let Workshop { options, observer, .. } = &*self.workshop;
+        let paths: Vec<RelPath> = options.profile.iter().filter(|path| !found.contains(path)).cloned().collect();
+        if !paths.is_empty() {
+            observer.event(&Event::NotLaidOut { image, paths: &paths });
+        }
     }
 
     /// Brings over what the manifest of `image` names.

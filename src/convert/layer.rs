@@ -19,6 +19,7 @@ use rayon::ThreadPool;
 use super::adopt::settle;
 pub use super::adopt::{LowerDirectory, LowerError, LowerFile, LowerLayers};
 use super::blob::Blob;
+use super::left_out::LeftOut;
 use super::packer::{BlockStore, EarlyFiles, Packer};
 use crate::chunked::{AssembleError, BlobSummary, ChunkError, MAX_CHUNK_SIZE};
 use crate::erofs::writer::{
@@ -165,7 +166,7 @@ pub enum LayerError {
 }
 
 /// What is in a converted layer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct LayerStatistics {
     /// Files, directories, links, bytes, holes.
     pub tree: TreeStatistics,
@@ -190,6 +191,10 @@ pub struct ConvertedLayer {
     pub diff_id: DiffId,
     /// What is in it.
     pub statistics: LayerStatistics,
+    /// What of the tar is not in it.
+    pub left_out: Vec<LeftOut>,
+    /// Which of [`LayerOptions::early`] are files of it, in the order of the tar.
+    pub early: Vec<RelPath>,
 }
 
 /// How much of the tar is read, and of the spool, at once.
@@ -211,8 +216,9 @@ pub fn convert_layer<W: Write>(
 ) -> Result<(W, ConvertedLayer), LayerError> {
     let mut packer = Packer::new(options, pool)?;
     let mut early = EarlyFiles::new(options);
-    let (tree, tar_bytes) = read_tar(source, options.role, &mut packer, &mut early, lower)?;
+    let TarTree { tree, tar_bytes, dropped } = read_tar(source, options.role, &mut packer, &mut early, lower)?;
     let late = packer.finish()?;
+    let found_early = early.found();
     let (layout, early) = early.finish(pool)?.unzip();
     let plan = Plan::new(tree, options.identity)?;
     let mut blob = Blob::new(options, pool, sink);
@@ -223,7 +229,7 @@ pub fn convert_layer<W: Write>(
     }
     let data_chunks = blob.chunks - metadata_chunks;
     let statistics = LayerStatistics {
-        tree: *plan.statistics(),
+        tree: plan.statistics().clone(),
         metadata_bytes: plan.metadata_size(),
         data_bytes: blob.assembler.image_size() - plan.metadata_size(),
         metadata_chunks,
@@ -232,18 +238,29 @@ pub fn convert_layer<W: Write>(
     };
     let diff_id = DiffId(blob.hasher.finish());
     let (sink, summary) = blob.assembler.finish()?;
-    Ok((sink, ConvertedLayer { summary, diff_id, statistics }))
+    let left_out = LeftOut::of_layer(&dropped, &statistics.tree.dropped);
+    Ok((sink, ConvertedLayer { summary, diff_id, statistics, left_out, early: found_early }))
+}
+
+/// What a tar was taken apart into, beside the contents of its files.
+pub(super) struct TarTree {
+    /// The layer's tree.
+    pub(super) tree: Tree,
+    /// Bytes of the tar, up to its end mark.
+    pub(super) tar_bytes: u64,
+    /// What of it is not in the tree.
+    pub(super) dropped: tar::Dropped,
 }
 
 /// Takes the tar `source` apart: what its files hold goes to `store`, or to `early` if that wants it; the tree is given
-/// back with everything that it takes over from the layers below. Gives the length of the tar, too.
+/// back with everything that it takes over from the layers below.
 pub(super) fn read_tar(
     source: impl Read,
     role: LayerRole,
     store: &mut impl BlockStore,
     early: &mut EarlyFiles<'_>,
     lower: Option<&mut dyn LowerLayers>,
-) -> Result<(Tree, u64), LayerError> {
+) -> Result<TarTree, LayerError> {
     let mut tree = Tree::new(role);
     let mut reader = tar::Reader::new(BufReader::with_capacity(READ_SIZE, source));
     let mut buffer = vec![0; READ_SIZE];
@@ -262,7 +279,7 @@ pub(super) fn read_tar(
         tree.add(&entry, data)?;
     }
     settle(&mut tree, store, lower, &mut buffer)?;
-    Ok((tree, reader.offset()))
+    Ok(TarTree { tree, tar_bytes: reader.offset(), dropped: reader.dropped().clone() })
 }
 
 /// Stores the content of the reader's current file.

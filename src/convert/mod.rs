@@ -7,6 +7,7 @@ pub mod direct;
 mod events;
 mod image;
 pub mod layer;
+mod left_out;
 mod lower;
 mod ordered;
 mod packer;
@@ -21,3 +22,4 @@ pub(crate) mod below {
 
 pub use events::{Event, Observer, Outcome};
 pub use image::{Converted, ConvertedImage, ImageError, ImageOptions, Platforms, convert_image};
+pub use left_out::{LeftOut, What};

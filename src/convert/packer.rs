@@ -213,6 +213,11 @@ impl<'p> EarlyFiles<'p> {
         }
     }
 
+    /// The files that have come here, in the order of the tar.
+    pub(super) fn found(&self) -> Vec<RelPath> {
+        self.rows.iter().filter_map(|row| self.options.early.get(row.rank)).cloned().collect()
+    }
+
     /// Packs all files in the order of the profile.
     pub(super) fn finish(mut self, pool: &ThreadPool) -> Result<Option<(EarlyLayout, Spooled)>, LayerError> {
         let Some(raw) = self.raw else { return Ok(None) };

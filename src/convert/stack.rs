@@ -3,7 +3,7 @@
 //! A layer waits for lower ones only if its tar cannot be understood alone, and a lower one never waits for an upper
 //! one, so the conversion always moves. What was converted once is not converted again, in this image or the next.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::{self, BufWriter, Read, Write as _};
 use std::path::Path;
@@ -20,10 +20,11 @@ use super::ahead::ReadAhead;
 use super::events::{Event, Observer, Outcome};
 use super::image::{ImageError, ImageOptions};
 use super::layer::{ConvertedLayer, LayerError, LayerOptions, LayerStatistics, convert_layer};
+use super::left_out::{LeftOut, What};
 use super::lower::{Asked, Below, LayerBelow, Lower, Root};
 use crate::chunked::{AssembleError, BlobSummary};
 use crate::erofs::writer::LayerRole;
-use crate::model::{Algorithm, BlobDigest, DiffId, Digest};
+use crate::model::{Algorithm, BlobDigest, DiffId, Digest, RelPath};
 use crate::oci::{Descriptor, LayerKind, Role, layer_descriptor, layer_role, media};
 use crate::tar::Problem;
 use crate::tar::decompress::{self, BlobCheck};
@@ -75,6 +76,9 @@ struct Made {
     summary: BlobSummary,
     diff_id: DiffId,
     statistics: LayerStatistics,
+    left_out: Vec<LeftOut>,
+    /// Files of the start-up profile that are in it.
+    early: Vec<RelPath>,
     /// The blob, for layers above that ask.
     file: Arc<File>,
     /// What it asked of the layers below: a layer with the same source and the same answers is the same.
@@ -94,6 +98,8 @@ pub(super) struct Memory(HashMap<(BlobDigest, bool), Waiting>);
 pub(super) struct Stack {
     pub(super) layers: Vec<Descriptor>,
     pub(super) diff_ids: Vec<DiffId>,
+    /// Files of the start-up profile that were laid out first.
+    pub(super) early: HashSet<RelPath>,
 }
 
 /// What is to be done with a layer.
@@ -187,11 +193,12 @@ impl Workshop {
             passed(done)?;
         }
         let count = layers.len();
-        let mut stack = Stack { layers: Vec::new(), diff_ids: Vec::new() };
+        let mut stack = Stack { layers: Vec::new(), diff_ids: Vec::new(), early: HashSet::new() };
         for (layer, (receiver, source)) in waiting.iter().zip(layers).enumerate() {
             let finished = receiver.borrow().clone().ok_or(ImageError::Stopped)?;
             stack.layers.push(finished.in_manifest(layer, count, source));
             stack.diff_ids.push(finished.diff_id);
+            stack.early.extend(finished.made.iter().flat_map(|made| &made.early).cloned());
         }
         Ok(stack)
     }
@@ -214,7 +221,7 @@ impl Workshop {
         let (spool, made) = converting.await.map_err(|_| ImageError::Stopped)??;
         self.sink.put_blob(spool, &made.summary.digest, made.summary.size).await?;
         let descriptor = layer_descriptor(self.options.form, &made.summary, made.diff_id, None);
-        Ok(Stack { layers: vec![descriptor], diff_ids: vec![made.diff_id] })
+        Ok(Stack { layers: vec![descriptor], diff_ids: vec![made.diff_id], early: HashSet::new() })
     }
 
     /// Waits until no thread converts any more.
@@ -298,6 +305,7 @@ impl Work {
                 let (file, summary) = (Arc::clone(&made.file), made.summary.clone());
                 self.shows.send_replace(Some(Below::Converted { file, summary }));
                 self.root.send_replace(made.root.clone());
+                self.tell_left_out(&made.left_out);
             }
             let blob = repeated.descriptor.digest;
             finished.send_replace(Some(repeated));
@@ -370,6 +378,7 @@ impl Work {
         let directory = spool.path().parent().unwrap_or_else(|| Path::new("."));
         let mut options = LayerOptions::new(role, self.diff_id, directory);
         (options.level, options.chunks) = (workshop.options.level, workshop.options.chunks);
+        options.early.clone_from(&workshop.options.profile);
         let mut lower = self.lower();
         let sink = BufWriter::with_capacity(1 << 20, spool.as_file());
         let converted = convert_layer(&mut source, &options, &workshop.pool, Some(&mut lower), sink);
@@ -390,7 +399,7 @@ impl Work {
             }
         };
         self.check(summary.diff_id)?;
-        let (mut sink, ConvertedLayer { summary, diff_id, statistics }) =
+        let (mut sink, ConvertedLayer { summary, diff_id, statistics, left_out, early }) =
             converted.map_err(|source| self.failed(source))?;
         let offset = summary.size;
         sink.flush().map_err(|source| self.failed(AssembleError::Write { offset, source }.into()))?;
@@ -398,7 +407,19 @@ impl Work {
         let file = Arc::new(spool.as_file().try_clone().map_err(|source| ImageError::Keep { layer, source })?);
         self.shows.send_replace(Some(Below::Converted { file: Arc::clone(&file), summary: summary.clone() }));
         let (asked, root) = (lower.into_asked(), self.root.borrow().clone());
-        Ok((spool, Made { source_diff_id: self.diff_id, summary, diff_id, statistics, file, asked, root }))
+        self.tell_left_out(&left_out);
+        let source_diff_id = self.diff_id;
+        Ok((spool, Made { source_diff_id, summary, diff_id, statistics, left_out, early, file, asked, root }))
+    }
+
+    /// Tells what of the layer is not in the result.
+    fn tell_left_out(&self, of_tar: &[LeftOut]) {
+        let Self { workshop, image, layer, .. } = self;
+        let count = self.descriptor.urls.len() as u64;
+        let addresses = (count > 0).then_some(LeftOut { what: What::Addresses, count, first: None });
+        for what in of_tar.iter().chain(&addresses) {
+            workshop.observer.event(&Event::LeftOut { image: *image, layer: *layer, what });
+        }
     }
 
     fn failed(&self, source: LayerError) -> ImageError {

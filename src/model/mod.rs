@@ -9,6 +9,7 @@ mod entry;
 mod name;
 mod ports;
 mod range;
+mod tally;
 
 pub use attr::{Attributes, DeviceNumber, FileKind, Timestamp, Xattr};
 pub use digest::{Algorithm, BlobDigest, ChainId, ChunkDigest, DiffId, Digest, DigestError, Hasher, IndexDigest};
@@ -16,3 +17,4 @@ pub use entry::{EntryKind, LayerEntry, Metadata};
 pub use name::{Name, NameError, RelPath};
 pub use ports::{BlobSource, ByteStream, ReadAt, ReadAtError, SourceError};
 pub use range::{ByteRange, RangeError};
+pub use tally::Tally;

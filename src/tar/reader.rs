@@ -11,7 +11,7 @@ use super::header::{self, BLOCK, Block, Dialect, Header};
 use super::pax::Pax;
 use super::sparse::{Lines, SparseMap};
 use super::{MAX_PATH, MAX_RECORDS};
-use crate::model::{DeviceNumber, EntryKind, LayerEntry, Metadata, Name, RelPath, Timestamp, Xattr};
+use crate::model::{DeviceNumber, EntryKind, LayerEntry, Metadata, Name, RelPath, Tally, Timestamp, Xattr};
 
 /// A stretch of a file's content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,10 +25,8 @@ pub enum Run {
 /// What was left out because the layer alone does not tell what it means.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Dropped {
-    /// Entries whose ACL names users or groups without their numbers. The engines that unpack layers read no text ACLs.
-    pub unresolved_acls: u64,
-    /// The first of them.
-    pub first_unresolved_acl: Option<RelPath>,
+    /// ACLs that name users or groups without their numbers. The engines that unpack layers read no text ACLs.
+    pub unresolved_acls: Tally,
     /// Entries below AUFS's own names (`.wh..wh.` and anything but `opq`).
     pub aufs_entries: u64,
 }
@@ -397,8 +395,7 @@ impl<R: Read> Reader<R> {
                 }
                 Acl::Trivial => {}
                 Acl::Unresolved => {
-                    self.dropped.unresolved_acls += 1;
-                    self.dropped.first_unresolved_acl.get_or_insert_with(|| path.clone());
+                    self.dropped.unresolved_acls.add(path);
                 }
             }
         }

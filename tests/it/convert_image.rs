@@ -51,7 +51,7 @@ fn amd64() -> ImageOptions {
 }
 
 /// The EROFS images of the layers of the image at `at`, lowest first, each checked against what is said of it.
-fn images_at(dir: &Path, at: &str) -> Vec<Vec<u8>> {
+pub(crate) fn images_at(dir: &Path, at: &str) -> Vec<Vec<u8>> {
     let source = source(dir, at);
     runtime().block_on(async {
         let image = source.image(Some(&Platform::linux("amd64", None)), Prefer::Erofs).await.unwrap();

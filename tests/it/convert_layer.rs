@@ -126,7 +126,7 @@ fn a_layer_becomes_what_its_entries_say() {
         let directories = ["", "etc", "usr", "usr/lib", "usr/share", "usr/share/doc", "var", "replaced"].len() as u64;
         assert_eq!((s.tree.files, s.tree.directories, s.tree.symlinks), (606, directories, 1));
         assert_eq!((s.tree.hard_links, s.tree.whiteouts, s.tree.opaque_directories), (1, upper, upper));
-        assert_eq!(s.tree.dropped.bottom_whiteouts, 2 * (1 - upper));
+        assert_eq!(s.tree.dropped.bottom_whiteouts.count, 2 * (1 - upper));
         let content: u64 = entries.iter().map(|(_, content)| content.len() as u64).sum();
         assert_eq!(s.tree.bytes, content);
         assert!(s.tree.hole_bytes > 1_200_000, "{s:?}");

@@ -178,8 +178,8 @@ fn unresolvable_acls_are_counted() {
         .finish();
     let mut reader = Reader::new(&tar[..]);
     assert_eq!(reader.next_entry().unwrap().unwrap().metadata.xattrs, []);
-    assert_eq!(reader.dropped().unresolved_acls, 1);
-    assert_eq!(reader.dropped().first_unresolved_acl, Some(path("f")));
+    let unresolved = &reader.dropped().unresolved_acls;
+    assert_eq!((unresolved.count, &unresolved.first), (1, &Some(path("f"))));
 }
 
 #[test]

@@ -312,7 +312,7 @@ impl Plan {
     }
 
     fn count(&mut self) {
-        let mut s = TreeStatistics { dropped: self.tree.dropped, ..TreeStatistics::default() };
+        let mut s = TreeStatistics { dropped: self.tree.dropped.clone(), ..TreeStatistics::default() };
         let mark = self.tree.xattrs.find(OPAQUE_NAME, OPAQUE_VALUE);
         for number in &self.order {
             if Some(*number) == self.whiteout {

@@ -1,20 +1,22 @@
 //! What is in a tree, in numbers.
 
+use crate::model::Tally;
+
 /// What was left out on purpose, with how often.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Dropped {
     /// Attributes whose names the kernel cannot show from EROFS (`com.apple.…`, `lustre.…`). No Linux file system that containers are
     /// unpacked to would hold them either.
-    pub foreign_xattrs: u64,
+    pub foreign_xattrs: Tally,
     /// `trusted.overlay.…` attributes of the tar but an `opaque` of a directory, which counts like an opaque mark:
     /// they would make overlayfs fetch or redirect files.
-    pub overlay_xattrs: u64,
+    pub overlay_xattrs: Tally,
     /// Whiteouts and opaque marks of a bottom layer.
-    pub bottom_whiteouts: u64,
+    pub bottom_whiteouts: Tally,
 }
 
 /// What is in a tree.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct TreeStatistics {
     /// Inodes.
     pub inodes: u64,

@@ -124,6 +124,16 @@ pub(super) struct Link {
     pub(super) hides: bool,
 }
 
+/// Where a way through a layer ends, symlinks followed.
+enum Way {
+    /// At this directory.
+    Directory(u32),
+    /// At something that is no directory.
+    File,
+    /// Where this layer has nothing.
+    Nothing,
+}
+
 /// The tree of a layer.
 #[derive(Debug)]
 pub struct Tree {
@@ -198,14 +208,14 @@ impl Tree {
         let parent = self.directory(path, above)?;
         let link = self.link(parent, name.as_bytes())?;
         match &entry.kind {
-            EntryKind::Whiteout => self.hide(link),
-            EntryKind::CharDevice(number) if number.encode() == 0 && number.is_representable() => self.hide(link),
+            EntryKind::Whiteout => self.hide(link, path),
+            EntryKind::CharDevice(number) if number.encode() == 0 && number.is_representable() => self.hide(link, path),
             EntryKind::Opaque => {
                 let node = self.make_directory(link)?;
                 if let Body::Directory(standing @ Standing::Implied) = &mut self.nodes[node as usize].body {
                     *standing = Standing::Marked;
                 }
-                self.hide(link);
+                self.hide(link, path);
             }
             EntryKind::Directory => {
                 let node = self.make_directory(link)?;
@@ -225,7 +235,7 @@ impl Tree {
         match entry.kind {
             EntryKind::Directory => self.set_directory(ROOT, None, &entry.path, &entry.metadata),
             EntryKind::Opaque if self.role == LayerRole::Bottom => {
-                self.dropped.bottom_whiteouts += 1;
+                self.dropped.bottom_whiteouts.add(&entry.path);
                 Ok(())
             }
             EntryKind::Opaque => {
@@ -247,25 +257,19 @@ impl Tree {
     /// What `path` names in this layer.
     pub(super) fn find(&self, path: &RelPath) -> Result<Option<u32>, TreeError> {
         let Some((name, above)) = path.components().split_last() else { return Ok(Some(ROOT)) };
-        let mut walk = Walk::new(path, above);
-        while let Some(step) = walk.next() {
-            match step {
-                Step::Up => walk.leave(),
-                Step::Into(name) => match self.child(walk.current(), &name) {
-                    Some(node) => match self.nodes[node as usize].body {
-                        Body::Directory(_) => walk.enter(node),
-                        Body::Symlink { target } => walk.follow(self.strings.get(target))?,
-                        _ => return Ok(None),
-                    },
-                    None => return Ok(None),
-                },
-            }
-        }
-        Ok(self.child(walk.current(), name.as_bytes()))
+        Ok(match self.way(path, above)? {
+            Way::Directory(parent) => self.child(parent, name.as_bytes()),
+            Way::File | Way::Nothing => None,
+        })
     }
 
     /// True if something of this layer that is no directory stands where `above` wants one.
     fn leads_through_file(&self, path: &RelPath, above: &[Name]) -> Result<bool, TreeError> {
+        Ok(matches!(self.way(path, above)?, Way::File))
+    }
+
+    /// Where `above`, the directories of `path`, lead in this layer.
+    fn way(&self, path: &RelPath, above: &[Name]) -> Result<Way, TreeError> {
         let mut walk = Walk::new(path, above);
         while let Some(step) = walk.next() {
             match step {
@@ -274,13 +278,13 @@ impl Tree {
                     Some(node) => match self.nodes[node as usize].body {
                         Body::Directory(_) => walk.enter(node),
                         Body::Symlink { target } => walk.follow(self.strings.get(target))?,
-                        _ => return Ok(true),
+                        _ => return Ok(Way::File),
                     },
-                    None => return Ok(false),
+                    None => return Ok(Way::Nothing),
                 },
             }
         }
-        Ok(false)
+        Ok(Way::Directory(walk.current()))
     }
 
     /// The directory that `above` leads to, made as far as it is missing.
@@ -319,9 +323,9 @@ impl Tree {
         Ok(link)
     }
 
-    fn hide(&mut self, link: u32) {
+    fn hide(&mut self, link: u32, path: &RelPath) {
         if self.role == LayerRole::Bottom {
-            self.dropped.bottom_whiteouts += 1;
+            self.dropped.bottom_whiteouts.add(path);
         } else {
             self.links[link as usize].hides = true;
         }
@@ -354,7 +358,7 @@ impl Tree {
     ) -> Result<(), TreeError> {
         if metadata.xattrs.iter().any(is_opaque_mark) {
             match link {
-                Some(link) => self.hide(link),
+                Some(link) => self.hide(link, path),
                 None => self.root_opaque |= self.role == LayerRole::Upper,
             }
         }
@@ -433,19 +437,23 @@ impl Tree {
         if mtime.nanos >= 1_000_000_000 {
             return Err(TreeError::Time { path: path.clone(), nanos: mtime.nanos });
         }
-        let kept: Vec<&Xattr> = xattrs.iter().filter(|xattr| self.keeps(xattr, &body)).collect();
+        let kept: Vec<&Xattr> = xattrs.iter().filter(|xattr| self.keeps(path, xattr, &body)).collect();
         let xattrs = self.xattrs.set_of(path, &kept)?;
         Ok(Node { mtime: *mtime, uid: *uid, gid: *gid, xattrs, permissions: permissions & 0o7777, body })
     }
 
-    fn keeps(&mut self, xattr: &Xattr, body: &Body) -> bool {
+    fn keeps(&mut self, path: &RelPath, xattr: &Xattr, body: &Body) -> bool {
         if xattr.name.starts_with(b"trusted.overlay.") {
             let counts_as_mark = is_opaque_mark(xattr) && matches!(body, Body::Directory(_));
-            self.dropped.overlay_xattrs += u64::from(!counts_as_mark);
+            if !counts_as_mark {
+                self.dropped.overlay_xattrs.add(path);
+            }
             return false;
         }
         let known = split_xattr_name(&xattr.name).is_some_and(|(index, _)| visible_xattr_prefix(index).is_some());
-        self.dropped.foreign_xattrs += u64::from(!known);
+        if !known {
+            self.dropped.foreign_xattrs.add(path);
+        }
         known
     }
 

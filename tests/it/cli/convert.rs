@@ -6,15 +6,17 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use axum::http::Method;
-use headstart::model::{Algorithm, BlobDigest, Digest, EntryKind, RelPath};
+use headstart::erofs::{ExtentSource, Image};
+use headstart::model::{Algorithm, BlobDigest, ByteRange, Digest, EntryKind, RelPath};
 use headstart::tar::decompress::Compression;
 use headstart::testkit::layouts::{TestLayer, TestLayout, write_layout};
 use headstart::testkit::registry::{Fault, FaultyRegistry};
-use headstart::testkit::tar::TarWriter;
+use headstart::testkit::tar::{RawHeader, TarWriter};
 use headstart::testkit::tree::Listing;
 use serde_json::{Value, json};
 
 use super::stage::{Stage, entry, noise, reference, tar, wait_until};
+use crate::convert_image::images_at;
 use crate::transport::skopeo;
 
 const NONDISTRIBUTABLE: &str = "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip";
@@ -435,5 +437,141 @@ async fn a_push_that_is_stopped_leaves_no_tag_and_no_files() {
     tokio::task::block_in_place(|| stage.ok(&["convert", &reference(&source), &remote]));
     assert!(registry.manifest("app", "latest").is_some());
     assert_eq!(tokio::task::block_in_place(|| stage.ok(&["ls", &remote])), "a\nb\n");
+    stage.assert_clean();
+}
+
+#[test]
+fn what_is_left_out_is_told() {
+    let stage = Stage::new();
+    let source = stage.path("source");
+    let file = |tar: &mut TarWriter, path: &str, records: &[(&str, &str)]| {
+        tar.pax(records.iter().map(|(key, value)| (key.as_bytes(), value.as_bytes())));
+        tar.raw(&RawHeader::new(b'0', path), b"");
+    };
+    let named = "user::rw-,user:lisa:r--,group::r--,mask::r--,other::r--";
+    let numbered = "user::rw-,user:lisa:r--:7,group::r--,mask::r--,other::r--";
+    let (mut lower, mut upper) = (TarWriter::new(), TarWriter::new());
+    file(&mut lower, "named", &[("SCHILY.acl.access", named)]);
+    file(&mut lower, "named-too", &[("SCHILY.acl.access", named)]);
+    file(&mut lower, "numbered", &[("SCHILY.acl.access", numbered)]);
+    file(&mut lower, "foreign", &[("SCHILY.xattr.com.apple.quarantine", "q"), ("SCHILY.xattr.user.kept", "k")]);
+    file(&mut lower, "redirected", &[("SCHILY.xattr.trusted.overlay.redirect", "/x")]);
+    lower.entry(&entry("sub/.wh.nothing", EntryKind::Regular { size: 0 }, 0o644), b"");
+    file(&mut lower, ".wh..wh.plnk/1", &[]);
+    file(&mut upper, "late", &[("SCHILY.acl.access", named)]);
+    upper.entry(&entry(".wh.named-too", EntryKind::Regular { size: 0 }, 0o644), b"");
+    let layers = [lower.finish(), upper.finish()].map(|tar| TestLayer::of_tar(&tar, Compression::Gzip));
+    let layout = TestLayout::create(&source).unwrap();
+    let image = layout.image(&layers, "amd64").unwrap();
+    let image = altered(&layout, &source, &image, |manifest| {
+        manifest["layers"][1]["mediaType"] = NONDISTRIBUTABLE.into();
+        manifest["layers"][1]["urls"] = json!(["https://vendor.example/upper.tar.gz"]);
+    });
+    layout.tag("latest", image).unwrap();
+
+    let told = stage.json(&["convert", &reference(&source), &reference(&stage.path("json"))]);
+    let row = |layer: u64, what: &str, count: u64, first: Option<&str>| json!({"layer": layer, "what": what, "count": count, "first": first});
+    let expected = [
+        row(0, "named-acls", 2, Some("/named")),
+        row(0, "aufs-files", 1, None),
+        row(0, "foreign-xattrs", 1, Some("/foreign")),
+        row(0, "overlay-xattrs", 1, Some("/redirected")),
+        row(0, "bottom-whiteouts", 1, Some("/sub/nothing")),
+        row(1, "named-acls", 1, Some("/late")),
+        row(1, "addresses", 1, None),
+    ];
+    assert_eq!(told["images"][0]["left_out"], json!(expected));
+
+    let output = stage.run(&["convert", &reference(&source), &reference(&stage.path("text"))]);
+    let words = String::from_utf8(output.stderr).unwrap();
+    let lines: Vec<&str> = words.lines().collect();
+    assert_eq!(lines.len(), expected.len(), "{words}");
+    let first = "note: left out of layer 0: 2 ACLs that name users or groups without their numbers (first at /named)";
+    assert_eq!(lines[0], first);
+    assert!(lines[5].starts_with("note: left out of layer 1: 1 ACLs") && lines[5].ends_with("(at /late)"), "{words}");
+
+    // What is kept is kept.
+    let mnt = stage.make("mnt");
+    stage.ok(&["mount", &reference(&stage.path("text")), mnt.to_str().unwrap()]);
+    let xattrs = |name: &str| {
+        let mut names = vec![0_u8; 4096];
+        let len = rustix::fs::llistxattr(mnt.join(name), &mut names).unwrap();
+        let names = String::from_utf8(names[..len].to_vec()).unwrap();
+        names.split_terminator('\0').map(str::to_owned).collect::<Vec<_>>()
+    };
+    assert_eq!(xattrs("named"), Vec::<String>::new());
+    assert_eq!(xattrs("numbered"), ["system.posix_acl_access"]);
+    assert_eq!(xattrs("foreign"), ["user.kept"]);
+    assert_eq!(xattrs("redirected"), Vec::<String>::new());
+    stage.ok(&["umount", mnt.to_str().unwrap()]);
+
+    // An image with nothing of the kind says nothing.
+    write_layout(&stage.path("plain"), &[TestLayer::of_tar(&tar(&[("a", b"a")]), Compression::Gzip)]).unwrap();
+    let output = stage.run(&["convert", &reference(&stage.path("plain")), &reference(&stage.path("quiet"))]);
+    assert_eq!(String::from_utf8(output.stderr).unwrap(), "");
+    stage.assert_clean();
+}
+
+/// The names of an image's files in the order of their data. All of them lie in the root.
+fn data_order(image: &[u8]) -> Vec<String> {
+    let image = Image::open(image).unwrap();
+    let root = image.root_inode().unwrap();
+    let mut places = Vec::new();
+    for node in Listing::of_image(&image).unwrap().nodes.keys() {
+        let name = String::from_utf8(node.clone()).unwrap();
+        let Some(found) = image.lookup(&root, name.as_bytes()).unwrap() else { continue };
+        let inode = image.inode(found.nid).unwrap();
+        for extent in image.extents(&inode, ByteRange::to(inode.attributes().size)) {
+            if let ExtentSource::Data { offset, .. } = extent.unwrap().source {
+                places.push((offset, name.clone()));
+            }
+        }
+    }
+    places.sort();
+    let mut names: Vec<String> = places.into_iter().map(|(_, name)| name).collect();
+    names.dedup();
+    names
+}
+
+#[test]
+fn the_files_of_a_start_up_profile_come_first() {
+    let stage = Stage::new();
+    let content: Vec<Vec<u8>> = (0..6).map(|seed| noise(seed, 60_000)).collect();
+    let of = |names: &[&'static str]| -> Vec<u8> {
+        let files: Vec<(&str, &[u8])> = names.iter().zip(&content).map(|(name, bytes)| (*name, &bytes[..])).collect();
+        tar(&files)
+    };
+    let (_, usual) = stage.images(&[of(&["a", "b", "c", "d"]), of(&["e", "f", "g", "a"])]);
+    let profile = stage.path("profile");
+    fs::write(&profile, "/g\nd\n\n./b\nabsent\n/g\nno/such/file\nf\r\n").unwrap();
+    let profile = profile.to_str().unwrap();
+    let (source, lazy) = (reference(&stage.path("source")), stage.path("lazy"));
+    let told = stage.json(&["convert", "--profile", profile, &source, &reference(&lazy)]);
+    assert_eq!(told["images"][0]["not_laid_out"], json!(["/absent", "/no/such/file"]));
+    let orders = |layout: &Path| -> Vec<Vec<String>> {
+        images_at(&stage.path("root"), &reference(layout)).iter().map(|image| data_order(image)).collect()
+    };
+    assert_eq!(orders(&usual), [["a", "b", "c", "d"], ["e", "f", "g", "a"]]);
+    assert_eq!(orders(&lazy), [["d", "b", "a", "c"], ["g", "f", "e", "a"]]);
+    mounted(&stage, &reference(&lazy)).assert_equals(&mounted(&stage, &reference(&usual)));
+
+    let output = stage.run(&["convert", "--profile", profile, &source, &reference(&stage.path("again"))]);
+    let words = String::from_utf8(output.stderr).unwrap();
+    let expected = "note: in the profile, but no regular files of the converted layers: /absent, /no/such/file\n";
+    assert_eq!(words, expected);
+    assert_eq!(top(&stage.path("again"))["digest"], top(&lazy)["digest"], "the same profile gives the same image");
+
+    for (text, code, words) in [(Some("a\n../b\n"), 2, "line 2"), (None, 3, "cannot read")] {
+        let path = stage.path("bad-profile");
+        match text {
+            Some(text) => fs::write(&path, text).unwrap(),
+            None => fs::remove_file(&path).unwrap(),
+        }
+        let bad = ["convert", "--profile", path.to_str().unwrap(), &source, &reference(&stage.path("none"))];
+        let (found, told) = stage.fails(&bad);
+        assert_eq!(found, code, "{told}");
+        assert!(told.contains(words) && told.contains("bad-profile"), "{told}");
+        assert!(!stage.path("none").exists());
+    }
     stage.assert_clean();
 }

@@ -42,7 +42,7 @@ pub use rules::Command;
 pub use slots::{MAX_LAYER_SLOT, MAX_SNAPSHOT_SLOT};
 pub use words::{
     Content, Image, ImageLayer, Key, Kind, Labels, Layer, LayerId, LayerSlot, MAX_KEY, MAX_LABELS, Owner, Snapshot,
-    SnapshotSlot, Target, Usage,
+    SnapshotSlot, State, Target, Usage,
 };
 
 /// All snapshots, layers and images of one root.

@@ -219,6 +219,37 @@ pub struct Snapshot {
     pub filling: Option<Target>,
 }
 
+/// What is to be known of a snapshot besides its kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// It has a directory of its own.
+    Open,
+    /// Its layer is being brought; it is committed when that is local.
+    Filling,
+    /// Its layer is local; it is committed when its parent is.
+    Waiting,
+    /// Its layer is not, or not all, on this machine.
+    Lazy,
+    /// All of it is on this machine.
+    Local,
+}
+
+impl Snapshot {
+    /// What is to be known of it; `layer` is the one that holds its files, if one does.
+    pub fn state(&self, layer: Option<&Layer>) -> State {
+        let local = layer.is_none_or(|layer| layer.local.is_some());
+        match (&self.filling, self.content, self.kind) {
+            (Some(_), _, _) if local => State::Waiting,
+            (Some(_), _, _) => State::Filling,
+            (None, Content::Files, Kind::Active | Kind::View) => State::Open,
+            (None, Content::Files, Kind::Committed) => State::Local,
+            (None, Content::Layer(_), _) if local => State::Local,
+            (None, Content::Layer(_), _) => State::Lazy,
+        }
+    }
+}
+
 /// A layer that snapshots or images use.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Layer {

@@ -77,6 +77,7 @@ pub(crate) enum Command {
     Ls(Ls),
     Cat(Cat),
     Status(Status),
+    Snapshots(Snapshots),
     Serve(Serve),
     Completions(Completions),
     Man(Man),
@@ -257,6 +258,10 @@ pub(crate) struct Cat {
 /// Show every mount of this root and how much of each layer is here.
 #[derive(Debug, Args)]
 pub(crate) struct Status {}
+
+/// Show the snapshots of this root: what is committed, what fills, and what each takes on disk.
+#[derive(Debug, Args)]
+pub(crate) struct Snapshots {}
 
 /// Serve an image layout as a read-only registry, for experiments and machines without a network.
 ///

@@ -47,6 +47,7 @@ fn run(context: &Context, command: Command) -> anyhow::Result<ExitCode> {
         Command::Umount(arguments) => commands::umount::umount(context, &arguments),
         Command::Daemon(_) => commands::daemon::run(context),
         Command::Status(_) => commands::status::status(context),
+        Command::Snapshots(_) => commands::snapshots::snapshots(context),
         Command::Pull(arguments) => commands::pull::pull(context, &arguments),
         Command::Wait(arguments) => commands::pull::wait(context, &arguments),
         Command::Inspect(arguments) => commands::look::inspect(context, &arguments),

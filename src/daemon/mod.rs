@@ -11,5 +11,6 @@ pub mod mounts;
 pub mod notify;
 pub mod place;
 pub mod pull;
+mod recorder;
 pub mod service;
 pub mod serving;

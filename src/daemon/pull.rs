@@ -1,18 +1,24 @@
-//! An image brought here as a whole, without being mounted.
+//! An image brought here as a whole, without being mounted, and written down as snapshots.
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use anyhow::Context as _;
+use tokio::runtime::Handle;
+
 use super::image::{Documents, House, OpenImage};
+use super::recorder::Recorder;
 use crate::fetch::LayerStatus;
 use crate::model::BlobDigest;
-use crate::unpack::{Fill, FillOptions, Persistence, Progress, UnpackError};
+use crate::unpack::{Fill, FillOptions, Persistence, Progress};
 
 /// A pull under way, or over. Dropped, it begins nothing more.
 #[derive(Debug)]
 pub struct Pull {
     image: OpenImage,
     fill: Fill,
+    recorder: Arc<Recorder>,
+    runtime: Handle,
 }
 
 impl Pull {
@@ -22,17 +28,30 @@ impl Pull {
     /// Layers that cannot be opened.
     pub async fn begin(house: &House, documents: Documents, progress: &Arc<Progress>) -> anyhow::Result<Self> {
         let image = house.bring_image(documents, Some(Arc::clone(progress))).await?;
+        let name = image.documents.reference.to_string();
+        let recorder = Arc::new(Recorder::new(&house.store, name, image.documents.digest, &image.layers));
+        record(house.runtime(), &recorder).await?;
+        for layer in &image.layers {
+            let recorder = Arc::clone(&recorder);
+            layer.when_local(move |layer, local| {
+                if let Err(error) = recorder.local(layer, local.size) {
+                    // It is tried once more when all of it is here.
+                    tracing::warn!(diff_id = %local.diff_id, "cannot write down that a layer is local: {error}");
+                }
+            });
+        }
         let options = FillOptions { start_delay: Duration::ZERO, persistence: Persistence::Once };
         let fill = Fill::start(house.runtime(), &image.layers, options);
-        Ok(Self { image, fill })
+        Ok(Self { image, fill, recorder, runtime: house.runtime().clone() })
     }
 
-    /// Waits until every layer is local and safe on disk.
+    /// Waits until every layer is local, safe on disk and committed.
     ///
     /// # Errors
     /// Why one is not.
-    pub async fn finished(&self) -> Result<(), UnpackError> {
-        self.fill.finished().await
+    pub async fn finished(&self) -> anyhow::Result<()> {
+        self.fill.finished().await?;
+        record(&self.runtime, &self.recorder).await
     }
 
     /// How the layers stand, lowest first.
@@ -44,4 +63,11 @@ impl Pull {
     pub const fn manifest(&self) -> BlobDigest {
         self.image.documents.digest
     }
+}
+
+async fn record(runtime: &Handle, recorder: &Arc<Recorder>) -> anyhow::Result<()> {
+    let recorder = Arc::clone(recorder);
+    let recording = runtime.spawn_blocking(move || recorder.record());
+    recording.await.context("the thread that writes down an image broke down")??;
+    Ok(())
 }

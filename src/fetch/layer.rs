@@ -20,7 +20,7 @@ use super::whole::Whole;
 use super::{Cause, Counters, FetchError, LayerSpec};
 use crate::chunked::ChunkIndex;
 use crate::model::{Algorithm, BlobDigest, ByteRange, DiffId, ReadAt, ReadAtError};
-use crate::store::{BlobFile, StoreError, Verdict};
+use crate::store::{Anchor, BlobFile, StoreError, Verdict};
 
 /// A layer image whose bytes come when they are wanted.
 ///
@@ -179,6 +179,22 @@ impl LayerImage {
     /// What names its bytes: what all of it has to hash to; of the image of a tar, a name of its own.
     pub fn diff_id(&self) -> DiffId {
         self.spec.diff_id
+    }
+
+    /// What the bytes of its image are verified against.
+    pub fn anchor(&self) -> Anchor {
+        match &self.body {
+            Body::Chunked(chunked) => chunked.file.spec().anchor,
+            Body::Whole(whole) => whole.file().map_or(Anchor::Whole, |file| file.spec().anchor),
+        }
+    }
+
+    /// Size of its image in bytes, once that is known.
+    pub fn image_size(&self) -> Option<u64> {
+        match &self.body {
+            Body::Chunked(chunked) => Some(chunked.index.image_size()),
+            Body::Whole(whole) => whole.file().map(|file| file.spec().image_size),
+        }
     }
 
     /// Size of the blob in bytes.

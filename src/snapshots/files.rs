@@ -61,8 +61,7 @@ impl Files {
     }
 
     pub(super) fn own(&self, slot: SnapshotSlot) -> Own {
-        let place = self.place(slot);
-        Own { upper: place.join(UPPER), work: place.join(WORK) }
+        own_at(self.place(slot))
     }
 
     fn place(&self, slot: SnapshotSlot) -> PathBuf {
@@ -175,6 +174,15 @@ impl Reaper {
             self.changed.notify_all();
         }
     }
+}
+
+/// The directories of a snapshot of the root.
+pub(super) fn own(root: &Path, slot: SnapshotSlot) -> Own {
+    own_at(root.join(SNAPSHOTS).join(slot.to_string()))
+}
+
+fn own_at(place: PathBuf) -> Own {
+    Own { upper: place.join(UPPER), work: place.join(WORK) }
 }
 
 fn directory(path: &Path) -> Result<(), StoreError> {

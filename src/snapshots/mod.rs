@@ -25,18 +25,22 @@ mod usage;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 pub use error::SnapshotsError;
 use files::Files;
 pub use recover::Recovery;
+pub use usage::usage_of;
 
 use crate::chain::{
     Change, Command, Content, Effect, Filters, Image, Key, Kind, Labels, Layer, LayerId, PulledLayer, Snapshot, Usage,
 };
 use crate::model::{BlobDigest, ChainId, DiffId, Timestamp};
-use crate::store::records::Records;
+use crate::store::records::{Records, RecordsError};
 use crate::store::{Anchor, Store};
+
+/// How often to try again what somebody else has open: less than a person notices, more than a step takes.
+const AGAIN: Duration = Duration::from_millis(10);
 
 /// How snapshots are kept.
 #[derive(Debug, Clone, Copy)]
@@ -131,6 +135,27 @@ impl Snapshots {
         let snapshots = Self { records, store, files, config };
         let recovery = snapshots.recover()?;
         Ok((snapshots, recovery))
+    }
+
+    /// [`Snapshots::open`] as soon as nobody else has them open, at most after `patience`.
+    ///
+    /// # Errors
+    /// As [`Snapshots::open`].
+    pub fn open_patiently(
+        store: &Arc<Store>,
+        config: SnapshotsConfig,
+        patience: Duration,
+    ) -> Result<Self, SnapshotsError> {
+        let deadline = Instant::now() + patience;
+        loop {
+            match Self::open(Arc::clone(store), config) {
+                Ok((snapshots, _)) => return Ok(snapshots),
+                Err(SnapshotsError::Records(RecordsError::InUse { .. })) if Instant::now() < deadline => {
+                    std::thread::sleep(AGAIN);
+                }
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     fn command(&self, command: &Command) -> Result<Change, SnapshotsError> {
@@ -278,13 +303,7 @@ impl Snapshots {
             };
             Ok::<_, SnapshotsError>((snapshot.clone(), layer.cloned()))
         })?;
-        if let Some(layer) = layer {
-            return Ok(self.layer_usage(&layer));
-        }
-        Ok(match snapshot.usage {
-            Some(measured) => measured,
-            None => usage::of_directory(&self.files.own(snapshot.slot).upper),
-        })
+        Ok(usage_of(self.store.root(), &snapshot, layer.as_ref()))
     }
 
     /// What of a layer is on disk.

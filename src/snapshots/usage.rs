@@ -5,15 +5,26 @@ use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
-use crate::chain::{Layer, Usage};
+use super::files;
+use crate::chain::{Layer, Snapshot, Usage};
 use crate::store;
 
 /// The unit of `st_blocks`, whatever the block size of a file system (stat(2)).
 const BLOCK: u64 = 512;
 
+/// What a snapshot takes, without its parents: allocated blocks of its files, or of the image of its layer as far as it
+/// is here. `layer` is the one that holds its files, if one does.
+pub fn usage_of(root: &Path, snapshot: &Snapshot, layer: Option<&Layer>) -> Usage {
+    match (layer, snapshot.usage) {
+        (Some(layer), _) => of_layer(root, layer),
+        (None, Some(measured)) => measured,
+        (None, None) => of_directory(&files::own(root, snapshot.slot).upper),
+    }
+}
+
 /// Everything below and including `directory` on the same file system; a file with several names counts once. What
 /// vanishes meanwhile counts as nothing.
-pub(super) fn of_directory(directory: &Path) -> Usage {
+fn of_directory(directory: &Path) -> Usage {
     let mut usage = Usage::default();
     let Ok(top) = fs::symlink_metadata(directory) else { return usage };
     let device = top.dev();

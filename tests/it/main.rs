@@ -22,5 +22,6 @@ mod overlay_judge;
 mod registry;
 mod registry_real;
 mod serve;
+mod snapshots;
 mod tar;
 mod transport;

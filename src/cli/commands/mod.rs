@@ -8,6 +8,7 @@ pub(crate) mod manual;
 pub(crate) mod mount;
 pub(crate) mod pull;
 pub(crate) mod serve;
+pub(crate) mod snapshots;
 pub(crate) mod status;
 pub(crate) mod umount;
 

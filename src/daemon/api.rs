@@ -84,7 +84,7 @@ impl Served for Api {
             health: self.health(),
             uptime_seconds: self.host.uptime().as_secs(),
             resident_bytes: resident_bytes(),
-            connections: u64::try_from(mounts.len()).unwrap_or(u64::MAX),
+            connections: self.host.connections(),
         };
         HostStatus { daemon, mounts }
     }

@@ -15,7 +15,7 @@ use tokio::runtime::Handle;
 
 use super::config::Config as Settings;
 use crate::fetch::{FetchConfig, Fetcher, LayerImage};
-use crate::model::{BlobDigest, ByteRange, ReadAt, ReadAtError};
+use crate::model::{BlobDigest, ByteRange, DiffId, ReadAt, ReadAtError};
 use crate::oci::{
     self, Descriptor, Document, ImagePlan, LayoutImage, Manifest, PlanError, Platform, Prefer, Reference, StackedLayer,
 };
@@ -23,7 +23,7 @@ use crate::registry::{Client, ClientConfig, CredentialConfig, Patience};
 use crate::store::{Store, StoreConfig};
 use crate::transport::{ImageSource, ResolvedImage, Transports};
 use crate::unpack::{Progress, unpack_ordinary};
-use crate::vfs::{self, Bring, Purpose, Vfs};
+use crate::vfs::{self, Bring, Layer, Purpose, Vfs};
 
 /// The rooms below, as the configuration wants them.
 #[derive(Clone)]
@@ -314,11 +314,29 @@ impl Documents {
 }
 
 impl OpenImage {
+    /// What the layers of the stack claim to be and where they come from, the lowest first; none if one of them is more
+    /// than a single blob.
+    pub fn single_blobs(&self) -> Option<Vec<(DiffId, BlobDigest)>> {
+        let single = |stacked: &StackedLayer| {
+            let layer = self.plan.layers.get(stacked.layer)?;
+            stacked.devices.is_empty().then_some((layer.diff_id, layer.blob))
+        };
+        self.plan.stack.iter().map(single).collect()
+    }
+
     /// The merged file system, when the superblocks have come.
     ///
     /// # Errors
     /// A layer that is no EROFS image or whose first bytes do not come.
     pub async fn file_system(&self) -> anyhow::Result<Vfs<Lazy>> {
+        Ok(Vfs::new(self.open_stack().await?)?)
+    }
+
+    /// The layers of the stack as file systems, the lowest first, when their superblocks have come.
+    ///
+    /// # Errors
+    /// See [`OpenImage::file_system`].
+    pub async fn open_stack(&self) -> anyhow::Result<Vec<Layer<Lazy>>> {
         let layer = |number: &usize| {
             self.layers.get(*number).map(|layer| Lazy(Arc::clone(layer))).context("the plan names a layer there is not")
         };
@@ -331,8 +349,7 @@ impl OpenImage {
             stack.push((layer(&stacked.layer)?, devices));
         }
         let open = stack.into_iter().enumerate();
-        let layers = try_join_all(open.map(|(index, (image, devices))| vfs::open_layer(index, image, devices))).await?;
-        Ok(Vfs::new(layers)?)
+        Ok(try_join_all(open.map(|(index, (image, devices))| vfs::open_layer(index, image, devices))).await?)
     }
 }
 

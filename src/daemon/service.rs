@@ -54,7 +54,7 @@ pub fn run(settings: &Settings, above: &Above, runtime: &Handle) -> anyhow::Resu
     let notify = Notify::new(above.notify_socket.as_deref()).context("cannot use NOTIFY_SOCKET")?;
     let place = Place::take(&settings.root, &settings.run)?;
     let socket = place.socket();
-    let host = Host::open(settings, runtime.clone(), Some(socket.clone()))?;
+    let host = Host::open(settings, runtime.clone(), Some(place))?;
     runtime.block_on(async {
         let mut end = [listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?];
         let mut hang_up = listen(SignalKind::hangup())?;

@@ -211,10 +211,11 @@ fn mounts_of_a_killed_daemon_are_told_and_brought_back_by_the_next() {
     // Without a daemon what is left can be taken away.
     stage.ok(&["umount", plain.to_str().unwrap()]);
     stage.ok(&["umount", written.to_str().unwrap()]);
-    stage.assert_clean();
-    // The socket of the dead one is in nobody's way.
-    assert!(stage.path("run/control.sock").exists());
+    assert!(stage.status().is_empty());
+    // The socket and the connection of the dead one are in nobody's way.
+    assert!(stage.path("run/control.sock").exists() && mounted_on(&stage.path("run/fs")).unwrap().is_some());
     Daemon::start(&stage).end();
+    stage.assert_clean();
 }
 
 #[test]
@@ -454,5 +455,65 @@ fn a_mount_can_have_a_process_of_its_own_beside_the_daemon() {
     daemon.end();
     assert_eq!(fs::read(mnt.join("a")).unwrap(), b"content");
     stage.ok(&["umount", mnt.to_str().unwrap()]);
+    stage.assert_clean();
+}
+
+#[test]
+fn mounts_share_a_connection_and_the_files_of_their_layers() {
+    use std::os::unix::fs::MetadataExt as _;
+
+    let stage = Stage::new();
+    let shared = tar(&[("shared", b"in both")]);
+    let (_, one) = stage.images_at("a", "ca", &[shared.clone(), tar(&[("one", b"1")])]);
+    let (_, two) = stage.images_at("b", "cb", &[shared, tar(&[("two", b"2")])]);
+    let (a, b) = (stage.make("mnt-a"), stage.make("mnt-b"));
+    let daemon = Daemon::start(&stage);
+    assert_eq!(daemon.status()["connections"], 1);
+    stage.ok(&["mount", &reference(&one), a.to_str().unwrap()]);
+    stage.ok(&["mount", &reference(&two), b.to_str().unwrap()]);
+    assert_eq!(daemon.status()["connections"], 1, "{:?}", stage.status());
+    let same = |path: &Path| {
+        let metadata = fs::metadata(path.join("shared")).unwrap();
+        (metadata.dev(), metadata.ino())
+    };
+    assert_eq!(same(&a), same(&b));
+    assert_eq!(fs::read(a.join("one")).unwrap(), b"1");
+    assert_eq!(fs::read(b.join("two")).unwrap(), b"2");
+
+    // What was taken away in use leaves room at once, and stays readable.
+    let open = File::open(a.join("one")).unwrap();
+    stage.ok(&["umount", "--lazy", a.to_str().unwrap()]);
+    stage.ok(&["mount", &reference(&two), a.to_str().unwrap()]);
+    assert_eq!(std::io::read_to_string(&open).unwrap(), "1");
+    drop(open);
+    assert_eq!(fs::read(a.join("two")).unwrap(), b"2");
+    daemon.end();
+    stage.assert_clean();
+    assert!(!stage.path("run/fs").exists());
+}
+
+#[test]
+fn a_layer_that_claims_to_be_another_is_not_shown_in_its_place() {
+    let stage = Stage::new();
+    let content = noise(3, 200_000);
+    let (_, one) = stage.images(&[tar(&[("a", &content)])]);
+    // The same image in other pieces: the same diffID and another blob.
+    let (source, two) = (reference(&stage.path("source")), stage.path("pieces"));
+    stage.ok(&["convert", &source, &reference(&two), "--chunk-size", "65536"]);
+    let (a, b) = (stage.make("mnt-a"), stage.make("mnt-b"));
+    let daemon = Daemon::start(&stage);
+    stage.ok(&["mount", &reference(&one), a.to_str().unwrap()]);
+    stage.ok(&["mount", &reference(&two), b.to_str().unwrap()]);
+    let status = stage.status();
+    let layer = |number: usize, field: &str| status[number]["layers"][0][field].clone();
+    assert_eq!(layer(0, "diff_id"), layer(1, "diff_id"));
+    assert_ne!(layer(0, "digest"), layer(1, "digest"));
+    assert_eq!(status[0]["driver_why"], Value::Null);
+    assert!(status[1]["driver_why"].as_str().unwrap().contains("is shown from blob"), "{}", status[1]);
+    assert_eq!(daemon.status()["connections"], 2);
+    for mnt in [&a, &b] {
+        assert!(fs::read(mnt.join("a")).unwrap() == content);
+    }
+    daemon.end();
     stage.assert_clean();
 }

@@ -11,7 +11,7 @@ use crate::convert::ImageError;
 use crate::convert::layer::LayerError;
 use crate::daemon::browse::BrowseError;
 use crate::daemon::config::ConfigError;
-use crate::daemon::host::{Closed, NeverLocal, NoSuchMount};
+use crate::daemon::host::{Closed, NeverLocal, NoSuchMount, OtherBlob};
 use crate::daemon::image::UnsupportedData;
 use crate::daemon::mounts::MountsError;
 use crate::daemon::place::PlaceError;
@@ -64,7 +64,6 @@ pub(super) fn known(error: &(dyn std::error::Error + 'static)) -> Option<Problem
         erofs::Error => of_erofs,
         overlay::Error<erofs::Error> => of_overlay,
         vfs::Error => of_vfs,
-        vfs::ForestError => of_forest,
         vfs::OpenError => of_open,
         // What a mount waits for is known to it as an error and no more.
         vfs::BringError => |error: &vfs::BringError| known(&**error),
@@ -80,6 +79,8 @@ pub(super) fn known(error: &(dyn std::error::Error + 'static)) -> Option<Problem
         DriverError => of_driver,
         UnknownDriver => |_: &UnknownDriver| Some(Problem::Usage),
         BrowseError => of_browse,
+        OtherBlob => |_: &OtherBlob| Some(Problem::Unreachable),
+        vfs::ForestError => of_forest,
         Closed => |_: &Closed| Some(Problem::Unreachable),
         PlaceError => of_place,
         NoSuchMount => |_: &NoSuchMount| Some(Problem::NotFound),
@@ -410,15 +411,16 @@ fn of_vfs(error: &vfs::Error) -> Option<Problem> {
 }
 
 fn of_forest(error: &vfs::ForestError) -> Option<Problem> {
+    use vfs::ForestError as Forest;
     match error {
-        vfs::ForestError::Layers { source, .. } => of_vfs(source),
-        vfs::ForestError::NameTaken(_)
-        | vfs::ForestError::SlotTaken { .. }
-        | vfs::ForestError::OtherSlot { .. }
-        | vfs::ForestError::NoSuchSlot(_)
-        | vfs::ForestError::Full
-        | vfs::ForestError::NoSuchLayer(_)
-        | vfs::ForestError::NoSuchSnapshot(_) => Some(Problem::Internal),
+        Forest::Layers { source, .. } => of_vfs(source),
+        Forest::Full => Some(Problem::Local),
+        Forest::NameTaken(_)
+        | Forest::SlotTaken { .. }
+        | Forest::OtherSlot { .. }
+        | Forest::NoSuchSlot(_)
+        | Forest::NoSuchLayer(_)
+        | Forest::NoSuchSnapshot(_) => Some(Problem::Internal),
     }
 }
 

@@ -7,6 +7,8 @@
 //! Whoever waits for an image to open holds no thread. Nothing here looks into a mount of this process on a thread that
 //! serves one. Refuses to know how it was started and how it is asked.
 
+mod grove;
+mod lookout;
 mod mounted;
 mod shown;
 
@@ -20,14 +22,19 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 
 use super::config::Config as Settings;
-use super::image::{Documents, House};
+use super::image::{Documents, House, Lazy, OpenImage};
 use super::mounts::{Claim, Entry, Mounts};
+use super::place::Place;
 use crate::control::MountRecord;
 use crate::fetch::{Counters, LayerImage};
 use crate::oci::{Platform, Reference};
 use crate::sys::mount::{self, MountError};
 use crate::unpack::{Fill, FillOptions, Persistence};
+use crate::vfs::{Layer, Vfs};
 
+use lookout::Watch;
+
+pub use grove::{Grove, OtherBlob, Planted, Shoot};
 pub use mounted::{Mounted, NeverLocal, layer_state};
 pub use shown::{Driver, Shown};
 
@@ -63,8 +70,11 @@ pub struct Host {
     house: House,
     records: Mounts,
     runtime: Handle,
-    /// The control socket, if this is the daemon.
-    daemon: Option<PathBuf>,
+    /// The place of the daemon, if this is it.
+    daemon: Option<Place>,
+    /// The common connection, or why there is none, if there is more to say.
+    grove: Result<Arc<Grove>, Option<String>>,
+    watch: Watch,
     since: Instant,
     table: Mutex<Table>,
     /// How many mounts are there or still served; tells each change.
@@ -83,18 +93,27 @@ struct Table {
 }
 
 impl Host {
-    /// Opens the rooms below. `daemon` is the control socket of a host that stays.
+    /// Opens the rooms below, and for the daemon, which has a place, the connection that its mounts have in common.
     ///
     /// # Errors
-    /// A root that cannot be used.
-    pub fn open(settings: &Settings, runtime: Handle, daemon: Option<PathBuf>) -> anyhow::Result<Arc<Self>> {
+    /// A root that cannot be used, or a connection that cannot be mounted.
+    pub fn open(settings: &Settings, runtime: Handle, daemon: Option<Place>) -> anyhow::Result<Arc<Self>> {
         let house = House::open(settings, runtime.clone())?;
+        let grove = match &daemon {
+            None => Err(None),
+            Some(_) if !rustix::process::geteuid().is_root() => {
+                Err(Some("only root binds mounts: it has a connection of its own".to_owned()))
+            }
+            Some(place) => Ok(Grove::plant(&place.file_system(), settings.fetch.deadline)?),
+        };
         Ok(Arc::new(Self {
             settings: settings.clone(),
             house,
             records: Mounts::open(&settings.root)?,
             runtime,
             daemon,
+            grove,
+            watch: Watch::default(),
             since: Instant::now(),
             table: Mutex::default(),
             count: watch::Sender::new(0),
@@ -144,11 +163,11 @@ impl Host {
         documents: Documents,
     ) -> anyhow::Result<Arc<Mounted>> {
         let image = self.house.bring_image(documents, None).await?;
-        let file_system = image.file_system().await?;
+        let layers = image.open_stack().await?;
         let host = Arc::clone(self);
         let mounting = self.runtime.spawn_blocking(move || {
             let fills = request.fill && host.settings.fill.enabled;
-            let shown = shown::own_connection(file_system, &request, &claim, &host.settings)?;
+            let shown = host.show(&image, layers, &request, &claim)?;
             let record = MountRecord {
                 image: request.image.to_string(),
                 manifest: image.documents.digest,
@@ -157,7 +176,7 @@ impl Host {
                 pid: std::process::id(),
                 upper: request.upper,
                 no_fill: !request.fill,
-                daemon: host.daemon.clone(),
+                daemon: host.daemon.as_ref().map(Place::socket),
             };
             claim.publish(&record)?;
             let fill = fills.then(|| Fill::start(&host.runtime, &image.layers, host.fill_options()));
@@ -173,6 +192,43 @@ impl Host {
             "mounted"
         );
         Ok(mounted)
+    }
+
+    /// Shows an image at its mount point. Waits for the kernel.
+    fn show(
+        &self,
+        image: &OpenImage,
+        layers: Vec<Layer<Lazy>>,
+        request: &MountRequest,
+        claim: &Claim,
+    ) -> anyhow::Result<Box<dyn Shown>> {
+        let why = match &self.grove {
+            // Without a common connection there is nothing to explain.
+            Err(why) => why.clone(),
+            Ok(grove) => match image.single_blobs() {
+                None => Some("a layer keeps data in other blobs: it has a connection of its own".to_owned()),
+                Some(blobs) => match grove.admits(blobs.iter().copied()) {
+                    Err(error) => Some(error.to_string()),
+                    Ok(()) => {
+                        let shoots = layers.into_iter().zip(blobs).map(|(layer, (diff_id, blob))| Shoot {
+                            diff_id,
+                            blob,
+                            layer: Arc::new(layer),
+                        });
+                        let planted = grove.grow(shoots.collect())?;
+                        let bound = grove::bind(planted, &request.mount_point, request.upper.as_deref(), &self.watch)?;
+                        return Ok(Box::new(bound));
+                    }
+                },
+            },
+        };
+        shown::own_connection(Vfs::new(layers)?, why, request, claim, &self.settings)
+    }
+
+    /// How many FUSE connections are served.
+    pub fn connections(&self) -> u64 {
+        let own: u64 = self.mounts().iter().map(|mounted| mounted.own_connections()).sum();
+        own + u64::from(self.grove.is_ok())
     }
 
     fn fill_options(&self) -> FillOptions {
@@ -324,7 +380,15 @@ impl Host {
         if taking.await.is_err() {
             tracing::error!("the thread that takes the mounts away broke down");
         }
-        if tokio::time::timeout(patience, self.empty()).await.is_err() {
+        let deadline = Instant::now() + patience;
+        let mut served = tokio::time::timeout(patience, self.empty()).await.is_err();
+        if let Ok(grove) = &self.grove {
+            let grove = Arc::clone(grove);
+            let closing =
+                self.runtime.spawn_blocking(move || grove.close(deadline.saturating_duration_since(Instant::now())));
+            served |= !closing.await.unwrap_or(true);
+        }
+        if served {
             tracing::warn!("files are still open: whoever reads them gets errors from now on");
         }
     }

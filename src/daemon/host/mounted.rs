@@ -73,6 +73,11 @@ impl Mounted {
         self.image.layers.iter().all(|layer| layer.state() == fetch::LayerState::Local)
     }
 
+    /// How many FUSE connections it has for itself.
+    pub(super) fn own_connections(&self) -> u64 {
+        self.shown.own_connections()
+    }
+
     /// Takes the mount away. That somebody else did is as good. Waits for the kernel.
     pub(super) fn take_away(&self, how: Unmount) -> Result<(), MountError> {
         self.shown.take_away(how)

@@ -42,10 +42,14 @@ pub trait Shown: fmt::Debug + Send + Sync {
 
     /// Done when it is gone from the mount point and the last file is closed, by whomever and also if that was before.
     fn ended(&self) -> BoxFuture<'static, ()>;
+
+    /// How many FUSE connections it has for itself.
+    fn own_connections(&self) -> u64;
 }
 
 /// An image on a FUSE connection of its own: the way that works for every user.
 struct OwnConnection {
+    why: Option<String>,
     server: Arc<fuse::Server>,
     mount_point: PathBuf,
     over: watch::Receiver<bool>,
@@ -60,6 +64,7 @@ impl fmt::Debug for OwnConnection {
 /// Mounts a file system on a FUSE connection of its own, under a writable layer if one is asked for.
 pub(super) fn own_connection(
     file_system: Vfs<Lazy>,
+    why: Option<String>,
     request: &MountRequest,
     claim: &Claim,
     settings: &Settings,
@@ -81,7 +86,7 @@ pub(super) fn own_connection(
     };
     let server = Arc::new(server);
     let (say, over) = watch::channel(false);
-    let shown = OwnConnection { server: Arc::clone(&server), mount_point: request.mount_point.clone(), over };
+    let shown = OwnConnection { why, server: Arc::clone(&server), mount_point: request.mount_point.clone(), over };
     thread::Builder::new()
         .name("session-end".into())
         .spawn(move || {
@@ -94,7 +99,7 @@ pub(super) fn own_connection(
 
 impl Shown for OwnConnection {
     fn driver(&self) -> Driver {
-        Driver { name: "fuse", why: None }
+        Driver { name: "fuse", why: self.why.clone() }
     }
 
     fn take_away(&self, how: Unmount) -> Result<(), MountError> {
@@ -113,6 +118,10 @@ impl Shown for OwnConnection {
             // A sender that is gone without a word has ended as well.
             over.wait_for(|over| *over).await.ok();
         })
+    }
+
+    fn own_connections(&self) -> u64 {
+        1
     }
 }
 

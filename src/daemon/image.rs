@@ -15,7 +15,7 @@ use tokio::runtime::Handle;
 
 use super::config::Config as Settings;
 use crate::fetch::{FetchConfig, Fetcher, LayerImage};
-use crate::model::{BlobDigest, ByteRange, DiffId, ReadAt, ReadAtError};
+use crate::model::{BlobDigest, ByteRange, ChainId, DiffId, ReadAt, ReadAtError};
 use crate::oci::{
     self, Descriptor, Document, ImagePlan, LayoutImage, Manifest, PlanError, Platform, Prefer, Reference, StackedLayer,
 };
@@ -315,8 +315,12 @@ impl Documents {
 
 impl OpenImage {
     /// What the layers of the stack claim to be and where they come from, the lowest first; none if one of them is more
-    /// than a single blob.
+    /// than a single blob. What a tar layer became depends on those below it, so it goes by its ChainID.
     pub fn single_blobs(&self) -> Option<Vec<(DiffId, BlobDigest)>> {
+        if self.plan.layers.is_empty() {
+            let chain = ChainId::of_stack(&self.plan.diff_ids);
+            return Some(chain.iter().zip(&self.layers).map(|(id, layer)| (DiffId(id.0), *layer.blob())).collect());
+        }
         let single = |stacked: &StackedLayer| {
             let layer = self.plan.layers.get(stacked.layer)?;
             stacked.devices.is_empty().then_some((layer.diff_id, layer.blob))

@@ -80,11 +80,13 @@ fn run(mounts: &MountWatch, watched: &Weak<Mutex<Watched>>) {
 }
 
 fn look(watched: &Mutex<Watched>) {
+    // Locked before the table is read: nobody is asked with a table that is older than what they watch.
+    let mut watched = lock(watched);
     let table = match mount_table() {
         Ok(table) => table,
         Err(error) => return tracing::warn!(%error, "cannot read the mount table"),
     };
-    lock(watched).mounts.retain(|(is_over, say)| {
+    watched.mounts.retain(|(is_over, say)| {
         let over = is_over(&table);
         if over {
             say.send_replace(true);

@@ -48,6 +48,8 @@ pub(super) struct Connection<F> {
 struct Parcel<Q: Request> {
     request: Q,
     reply: Q::Reply,
+    /// The thread that asked.
+    caller: u32,
     /// How often it met absent bytes, and when that was first.
     rounds: u32,
     since: Option<Instant>,
@@ -55,9 +57,9 @@ struct Parcel<Q: Request> {
 
 impl<F: FileSystem> Connection<F> {
     /// Answers `request`, now if its bytes are local, else when they have arrived. Never waits.
-    fn handle<Q: Request>(self: &Arc<Self>, request: Q, reply: Q::Reply) {
+    fn handle<Q: Request>(self: &Arc<Self>, caller: &Caller, request: Q, reply: Q::Reply) {
         self.counting.count(Q::KIND);
-        self.go_on(Parcel { request, reply, rounds: 0, since: None });
+        self.go_on(Parcel { request, reply, caller: caller.pid(), rounds: 0, since: None });
     }
 
     /// Tells the kernel never to ask for extended attributes again.
@@ -77,7 +79,7 @@ impl<F: FileSystem> Connection<F> {
     /// Attempts a request again and again, as long as what it lacks comes at once.
     fn rounds<Q: Request>(self: &Arc<Self>, mut parcel: Parcel<Q>) {
         loop {
-            let Parcel { request, reply, rounds, since } = parcel;
+            let Parcel { request, reply, caller, rounds, since } = parcel;
             let (reply, missing) = match request.attempt(&self.fs, reply) {
                 Ok(()) => return,
                 Err((reply, Failure::Vfs(vfs::Error::Absent { layer, device, range }))) => {
@@ -86,7 +88,7 @@ impl<F: FileSystem> Connection<F> {
                 Err((reply, failure)) => return self.refuse::<Q>(&request, reply, &failure),
             };
             let since = since.unwrap_or_else(Instant::now);
-            let waiting = Parcel { request, reply, rounds: rounds + 1, since: Some(since) };
+            let waiting = Parcel { request, reply, caller, rounds: rounds + 1, since: Some(since) };
             let Some(next) = self.ask(waiting, missing, since + self.patience) else { return };
             parcel = next;
         }
@@ -102,7 +104,7 @@ impl<F: FileSystem> Connection<F> {
         let (ticket, redeemer) = Ticket::new();
         let done = Box::new(move |result| redeemer.redeem(result));
         self.fs.bring(parcel.request.ino(), missing, Q::PURPOSE, done);
-        let watch = self.deadlines.watch(&ticket, deadline);
+        let watch = self.deadlines.watch(&ticket, parcel.caller, deadline);
         let early = ticket.park((parcel, watch), |(parcel, watch)| {
             let connection = Arc::clone(self);
             Box::new(move |verdict| {
@@ -123,6 +125,7 @@ impl<F: FileSystem> Connection<F> {
             Verdict::Arrived => return Some(parcel),
             Verdict::Failed(source) => Failure::Bring { layer, range, source },
             Verdict::Forgotten => Failure::Forgotten { layer, range },
+            Verdict::Abandoned => Failure::Abandoned { layer, range },
             Verdict::Closed => Failure::Closed { layer, range },
             Verdict::Expired => Failure::Deadline { layer, range, seconds: self.patience.as_secs() },
         };
@@ -191,16 +194,16 @@ impl<F: FileSystem> Filesystem for Adapter<F> {
         self.connection.fs.forget(ino.0, count);
     }
 
-    fn lookup(&self, _caller: &Caller, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        self.connection.handle(Lookup { parent: parent.0, name: name.as_bytes().into() }, reply);
+    fn lookup(&self, caller: &Caller, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        self.connection.handle(caller, Lookup { parent: parent.0, name: name.as_bytes().into() }, reply);
     }
 
-    fn getattr(&self, _caller: &Caller, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
-        self.connection.handle(GetAttr { ino: ino.0 }, reply);
+    fn getattr(&self, caller: &Caller, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        self.connection.handle(caller, GetAttr { ino: ino.0 }, reply);
     }
 
-    fn readlink(&self, _caller: &Caller, ino: INodeNo, reply: ReplyData) {
-        self.connection.handle(ReadLink { ino: ino.0 }, reply);
+    fn readlink(&self, caller: &Caller, ino: INodeNo, reply: ReplyData) {
+        self.connection.handle(caller, ReadLink { ino: ino.0 }, reply);
     }
 
     // Open is answered with "not needed" once; the kernel then opens files and directories by itself, and keeps their
@@ -221,7 +224,7 @@ impl<F: FileSystem> Filesystem for Adapter<F> {
 
     fn read(
         &self,
-        _caller: &Caller,
+        caller: &Caller,
         ino: INodeNo,
         _fh: FileHandle,
         offset: u64,
@@ -231,33 +234,33 @@ impl<F: FileSystem> Filesystem for Adapter<F> {
         reply: ReplyData,
     ) {
         let size = usize::try_from(size).unwrap_or(0);
-        self.connection.handle(Read { ino: ino.0, offset, size }, reply);
+        self.connection.handle(caller, Read { ino: ino.0, offset, size }, reply);
     }
 
-    fn readdir(&self, _caller: &Caller, ino: INodeNo, _fh: FileHandle, offset: u64, reply: ReplyDirectory) {
-        self.connection.handle(ReadDir { ino: ino.0, offset }, reply);
+    fn readdir(&self, caller: &Caller, ino: INodeNo, _fh: FileHandle, offset: u64, reply: ReplyDirectory) {
+        self.connection.handle(caller, ReadDir { ino: ino.0, offset }, reply);
     }
 
-    fn readdirplus(&self, _caller: &Caller, ino: INodeNo, _fh: FileHandle, offset: u64, reply: ReplyDirectoryPlus) {
-        self.connection.handle(ReadDirPlus { ino: ino.0, offset }, reply);
+    fn readdirplus(&self, caller: &Caller, ino: INodeNo, _fh: FileHandle, offset: u64, reply: ReplyDirectoryPlus) {
+        self.connection.handle(caller, ReadDirPlus { ino: ino.0, offset }, reply);
     }
 
-    fn getxattr(&self, _caller: &Caller, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+    fn getxattr(&self, caller: &Caller, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
         if !self.connection.fs.may_show_xattrs() {
             return self.connection.no_xattrs(reply);
         }
-        self.connection.handle(GetXattr { ino: ino.0, name: name.as_bytes().into(), size }, reply);
+        self.connection.handle(caller, GetXattr { ino: ino.0, name: name.as_bytes().into(), size }, reply);
     }
 
     fn listxattr(&self, caller: &Caller, ino: INodeNo, size: u32, reply: ReplyXattr) {
         if !self.connection.fs.may_show_xattrs() {
             return self.connection.no_xattrs(reply);
         }
-        self.connection.handle(ListXattr { ino: ino.0, size, trusted: caller.uid() == 0 }, reply);
+        self.connection.handle(caller, ListXattr { ino: ino.0, size, trusted: caller.uid() == 0 }, reply);
     }
 
-    fn lseek(&self, _caller: &Caller, ino: INodeNo, _fh: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
-        self.connection.handle(Lseek { ino: ino.0, offset, whence }, reply);
+    fn lseek(&self, caller: &Caller, ino: INodeNo, _fh: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
+        self.connection.handle(caller, Lseek { ino: ino.0, offset, whence }, reply);
     }
 
     fn statfs(&self, _caller: &Caller, ino: INodeNo, reply: ReplyStatfs) {

@@ -49,6 +49,14 @@ pub enum Failure {
         /// Which bytes.
         range: crate::model::ByteRange,
     },
+    /// Whoever asked was killed.
+    #[error("whoever waited for bytes {range} of layer {layer} was killed")]
+    Abandoned {
+        /// Index of the layer.
+        layer: u16,
+        /// Which bytes.
+        range: crate::model::ByteRange,
+    },
     /// Bytes were brought again and again and are still absent.
     #[error("bytes {range} of layer {layer} are absent however often they are fetched")]
     StillAbsent {
@@ -87,6 +95,7 @@ impl Failure {
             | Self::Closed { .. }
             | Self::Forgotten { .. }
             | Self::StillAbsent { .. } => Errno::EIO,
+            Self::Abandoned { .. } => Errno::EINTR,
             Self::NoAttribute => Errno::ENODATA,
             Self::BufferTooSmall => Errno::ERANGE,
             Self::NothingBehind => Errno::ENXIO,
@@ -103,6 +112,7 @@ impl Failure {
             | Self::Deadline { layer, .. }
             | Self::Forgotten { layer, .. }
             | Self::Closed { layer, .. }
+            | Self::Abandoned { layer, .. }
             | Self::StillAbsent { layer, .. }
             | Self::Vfs(vfs::Error::Absent { layer, .. } | vfs::Error::Layer { layer, .. }) => Some(*layer),
             _ => None,
@@ -198,6 +208,7 @@ mod tests {
             (Failure::Deadline { layer: 0, range, seconds: 1 }, Errno::EIO),
             (Failure::Forgotten { layer: 0, range }, Errno::EIO),
             (Failure::Closed { layer: 0, range }, Errno::EIO),
+            (Failure::Abandoned { layer: 0, range }, Errno::EINTR),
             (Failure::StillAbsent { layer: 0, range }, Errno::EIO),
             (Failure::NoAttribute, Errno::ENODATA),
             (Failure::BufferTooSmall, Errno::ERANGE),

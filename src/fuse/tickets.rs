@@ -1,15 +1,21 @@
 //! Answers that wait for bytes.
 //!
 //! A request that meets absent bytes leaves its reply in a ticket and gives its thread back. The ticket is redeemed
-//! once: by whoever brought the bytes, by its deadline, or by the loss of the one who should have brought them.
+//! once: by whoever brought the bytes, by its deadline, by the death of the program that asked, or by the loss of the one
+//! who should have brought them.
+//!
+//! A killed program that waits for an answer is not gone before it has one, and the kernel's word that it was killed
+//! (`FUSE_INTERRUPT`) does not get through to this program. So whoever waits for long is looked at now and then.
+//!
 //! Lock order: the table of deadlines, then a ticket's state; the ticket's action runs with neither held.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::mem;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use crate::sys::is_dying;
 use crate::vfs::BringError;
 
 /// Why a ticket is redeemed.
@@ -23,6 +29,8 @@ pub(super) enum Verdict {
     Forgotten,
     /// Its time is over.
     Expired,
+    /// Whoever asked was killed.
+    Abandoned,
     /// Nobody will wait any more.
     Closed,
 }
@@ -111,15 +119,28 @@ impl Drop for Redeemer {
 /// Watches over the deadlines of tickets, from one thread that sleeps until the next one.
 pub(super) struct Deadlines(Arc<Shared>);
 
+/// How often those who wait are looked at, and how long they wait before they are looked at for the first time: what a
+/// person who presses Ctrl-C does not mind.
+const LOOK: Duration = Duration::from_millis(500);
+
 struct Shared {
     table: Mutex<Table>,
     changed: Condvar,
+    /// True for the thread of a program that was killed.
+    is_dying: fn(u32) -> bool,
+}
+
+struct Waiting {
+    ticket: Weak<Ticket>,
+    /// The thread of the program that waits, 0 if that is not known.
+    caller: u32,
+    since: Instant,
 }
 
 #[derive(Default)]
 struct Table {
     /// When, and which of those at the same moment.
-    waiting: BTreeMap<(Instant, u64), Weak<Ticket>>,
+    waiting: BTreeMap<(Instant, u64), Waiting>,
     next: u64,
     closed: bool,
     over: bool,
@@ -127,15 +148,19 @@ struct Table {
 
 impl Deadlines {
     pub(super) fn start() -> std::io::Result<Self> {
-        let shared = Arc::new(Shared { table: Mutex::default(), changed: Condvar::new() });
+        Self::start_with(is_dying)
+    }
+
+    fn start_with(is_dying: fn(u32) -> bool) -> std::io::Result<Self> {
+        let shared = Arc::new(Shared { table: Mutex::default(), changed: Condvar::new(), is_dying });
         let watched = Arc::clone(&shared);
         thread::Builder::new().name("fuse-deadlines".into()).spawn(move || watched.watch())?;
         Ok(Self(shared))
     }
 
-    /// Redeems `ticket` with [`Verdict::Expired`] at `deadline`, if nobody did before. Drop the guard when it is
-    /// redeemed.
-    pub(super) fn watch(&self, ticket: &Arc<Ticket>, deadline: Instant) -> Watch {
+    /// Redeems `ticket` with [`Verdict::Expired`] at `deadline`, or with [`Verdict::Abandoned`] soon after thread `caller`
+    /// was killed, if nobody did before. Drop the guard when it is redeemed.
+    pub(super) fn watch(&self, ticket: &Arc<Ticket>, caller: u32, deadline: Instant) -> Watch {
         let mut table = self.0.table();
         if table.closed {
             drop(table);
@@ -145,7 +170,7 @@ impl Deadlines {
         table.next += 1;
         let key = (deadline, table.next);
         let is_first = table.waiting.first_key_value().is_none_or(|(first, _)| key < *first);
-        table.waiting.insert(key, Arc::downgrade(ticket));
+        table.waiting.insert(key, Waiting { ticket: Arc::downgrade(ticket), caller, since: Instant::now() });
         drop(table);
         if is_first {
             self.0.changed.notify_one();
@@ -160,7 +185,7 @@ impl Deadlines {
             table.closed = true;
             mem::take(&mut table.waiting)
         };
-        for ticket in waiting.into_values().filter_map(|ticket| ticket.upgrade()) {
+        for ticket in waiting.into_values().filter_map(|waiting| waiting.ticket.upgrade()) {
             ticket.redeem(Verdict::Closed);
         }
     }
@@ -197,32 +222,57 @@ impl Shared {
 
     fn watch(&self) {
         let mut table = self.table();
+        let mut look = Instant::now() + LOOK;
         while !table.over {
             let now = Instant::now();
-            match table.waiting.first_key_value().map(|(key, _)| *key) {
-                None => table = self.changed.wait(table).unwrap_or_else(PoisonError::into_inner),
-                Some(key) if key.0 > now => {
-                    let (guard, _) =
-                        self.changed.wait_timeout(table, key.0 - now).unwrap_or_else(PoisonError::into_inner);
-                    table = guard;
-                }
-                Some(key) => {
-                    let ticket = table.waiting.remove(&key).and_then(|ticket| ticket.upgrade());
-                    drop(table);
-                    if let Some(ticket) = ticket {
-                        ticket.redeem(Verdict::Expired);
-                    }
-                    table = self.table();
+            let Some(key) = table.waiting.first_key_value().map(|(key, _)| *key) else {
+                table = self.changed.wait(table).unwrap_or_else(PoisonError::into_inner);
+                look = Instant::now() + LOOK;
+                continue;
+            };
+            let mut redeemed = Vec::new();
+            if key.0 <= now {
+                redeemed.extend(table.waiting.remove(&key).map(|waiting| (waiting.ticket, Verdict::Expired)));
+            } else if look <= now {
+                look = now + LOOK;
+                let callers = table.long_waiting(now);
+                drop(table);
+                let dying: BTreeSet<u32> = callers.into_iter().filter(|caller| (self.is_dying)(*caller)).collect();
+                table = self.table();
+                redeemed = table.take_callers(&dying).map(|ticket| (ticket, Verdict::Abandoned)).collect();
+            } else {
+                let until = key.0.min(look) - now;
+                (table, _) = self.changed.wait_timeout(table, until).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            drop(table);
+            for (ticket, verdict) in redeemed {
+                if let Some(ticket) = ticket.upgrade() {
+                    ticket.redeem(verdict);
                 }
             }
+            table = self.table();
         }
+    }
+}
+
+impl Table {
+    /// Who waits for long.
+    fn long_waiting(&self, now: Instant) -> BTreeSet<u32> {
+        let long = self.waiting.values().filter(|waiting| waiting.caller != 0 && waiting.since + LOOK <= now);
+        long.map(|waiting| waiting.caller).collect()
+    }
+
+    /// The tickets of these callers, which are not watched any more.
+    fn take_callers(&mut self, callers: &BTreeSet<u32>) -> impl Iterator<Item = Weak<Ticket>> {
+        let taken = self.waiting.extract_if(.., |_, waiting| callers.contains(&waiting.caller));
+        taken.map(|(_, waiting)| waiting.ticket)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use std::sync::mpsc;
-    use std::time::Duration;
 
     use super::*;
 
@@ -268,7 +318,7 @@ mod tests {
             let sender = sender.clone();
             let parked = ticket.park(sender, |sender| Box::new(move |verdict| sender.send((name, verdict)).unwrap()));
             assert!(parked.is_none());
-            watches.push((deadlines.watch(&ticket, now + Duration::from_millis(millis)), ticket, redeemer));
+            watches.push((deadlines.watch(&ticket, 0, now + Duration::from_millis(millis)), ticket, redeemer));
         }
         assert_eq!(deadlines.waiting(), 3);
         assert!(matches!(verdicts.recv(), Ok(("soon", Verdict::Expired))));
@@ -279,7 +329,27 @@ mod tests {
         assert_eq!(deadlines.waiting(), 0);
         assert!(matches!(verdicts.recv(), Ok(("never", Verdict::Closed))));
         let (ticket, _redeemer) = Ticket::new();
-        let _watch = deadlines.watch(&ticket, now + Duration::from_secs(3600));
+        let _watch = deadlines.watch(&ticket, 0, now + Duration::from_secs(3600));
         assert!(matches!(ticket.park((), |()| panic!("it is over already")), Some((Verdict::Closed, ()))));
+    }
+
+    #[test]
+    fn the_dead_do_not_wait() {
+        const DEAD: u32 = 7;
+        let deadlines = Deadlines::start_with(|caller| caller == DEAD).unwrap();
+        let (sender, verdicts) = mpsc::channel();
+        let far = Instant::now() + Duration::from_secs(3600);
+        let mut watches = Vec::new();
+        for caller in [DEAD, 8, 0, DEAD] {
+            let (ticket, redeemer) = Ticket::new();
+            let sender = sender.clone();
+            let parked = ticket.park(sender, |sender| Box::new(move |verdict| sender.send((caller, verdict)).unwrap()));
+            assert!(parked.is_none());
+            watches.push((deadlines.watch(&ticket, caller, far), ticket, redeemer));
+        }
+        for _ in 0..2 {
+            assert!(matches!(verdicts.recv(), Ok((DEAD, Verdict::Abandoned))));
+        }
+        assert_eq!(deadlines.waiting(), 2);
     }
 }

@@ -5,7 +5,9 @@ mod lock;
 pub mod loopdev;
 mod map;
 pub mod mount;
+mod process;
 pub mod stack;
 
 pub use lock::{FileLock, LockMode};
 pub use map::SharedBytes;
+pub use process::is_dying;

@@ -33,44 +33,36 @@ pub trait KernelCache: Send + Sync {
 /// changed nothing, and is run again when [`FileSystem::bring`] has brought them. The root is [`super::ROOT_INO`].
 ///
 /// The errors are those of [`Error`].
+#[expect(clippy::missing_errors_doc, reason = "the trait's own words say it for all")]
 pub trait FileSystem: Send + Sync + 'static {
     /// What `name` stands for in directory `parent`. What it answers counts as a reference: see [`FileSystem::forget`].
-    #[expect(clippy::missing_errors_doc, reason = "the trait says it")]
     fn lookup(&self, parent: u64, name: &[u8]) -> Result<Option<Stat>, Error>;
 
     /// What `stat` tells of a file.
-    #[expect(clippy::missing_errors_doc, reason = "the trait says it")]
     fn stat(&self, ino: u64) -> Result<Stat, Error>;
 
     /// The target of a symbolic link.
-    #[expect(clippy::missing_errors_doc, reason = "the trait says it")]
     fn read_link(&self, ino: u64) -> Result<Box<[u8]>, Error>;
 
     /// Reads a regular file's bytes from `offset` on into `buf`: how many it got; fewer only at the file's end.
-    #[expect(clippy::missing_errors_doc, reason = "the trait says it")]
     fn read(&self, ino: u64, offset: u64, buf: &mut [u8]) -> Result<usize, Error>;
 
     /// The next data or hole at or behind `offset`; none if there is nothing.
-    #[expect(clippy::missing_errors_doc, reason = "the trait says it")]
     fn seek(&self, ino: u64, offset: u64, seek: Seek) -> Result<Option<u64>, Error>;
 
     /// Hands the entries of directory `ino` behind `offset` (0 at first) to `take` until it breaks; see
     /// [`Vfs::read_dir`].
-    #[expect(clippy::missing_errors_doc, reason = "the trait says it")]
     fn read_dir(&self, ino: u64, offset: u64, take: &mut TakeItem<'_>) -> Result<(), Error>;
 
     /// The same for a listing that is a lookup of each entry that is taken.
-    #[expect(clippy::missing_errors_doc, reason = "the trait says it")]
     fn read_dir_plus(&self, ino: u64, offset: u64, take: &mut TakeItem<'_>) -> Result<(), Error> {
         self.read_dir(ino, offset, take)
     }
 
     /// The extended attributes of a file.
-    #[expect(clippy::missing_errors_doc, reason = "the trait says it")]
     fn xattrs(&self, ino: u64) -> Result<Vec<Xattr>, Error>;
 
     /// The value of one extended attribute.
-    #[expect(clippy::missing_errors_doc, reason = "the trait says it")]
     fn xattr(&self, ino: u64, name: &[u8]) -> Result<Option<Box<[u8]>>, Error>;
 
     /// The size of what `ino` belongs to.

@@ -168,6 +168,34 @@ fn a_bug_is_an_error_of_one_request() {
 }
 
 #[test]
+fn whoever_waits_can_be_killed() {
+    // A directory of many blocks, which nothing has read before.
+    let mut entries: Vec<_> = (0..1000).map(|n| file(&format!("dir/{n:060}"), b"")).collect();
+    entries.extend([file("late", &pattern(3_000_000)), file("dir/late", b"x")]);
+    let layer = lazy(&entries);
+    let target = dir();
+    let mut options = ServeOptions::for_this_user("test");
+    options.patience = Duration::from_secs(3600);
+    let server = serve(open(std::slice::from_ref(&layer)), target.path(), &options).unwrap();
+    layer.script(|_, purpose| if purpose == Purpose::Read { Reaction::Hold } else { Reaction::Soon });
+    let killed = |program: &str, path: PathBuf, held: usize| {
+        let mut child = Command::new(program).arg(path).stdout(Stdio::null()).spawn().unwrap();
+        layer.wait_for_held(held);
+        child.kill().unwrap();
+        assert!(!child.wait().unwrap().success());
+    };
+    killed("cat", target.path().join("late"), 1);
+    layer.forget();
+    layer.script(|_, _| Reaction::Hold);
+    killed("stat", target.path().join("dir/late"), 2);
+    layer.script(|_, _| Reaction::Now);
+    layer.release();
+    eventually("nothing waits any more", || server.waiting() == 0);
+    assert_eq!(fs::read(target.path().join("late")).unwrap(), pattern(3_000_000));
+    assert_eq!(fs::read(target.path().join("dir/late")).unwrap(), b"x");
+}
+
+#[test]
 fn nothing_can_be_written() {
     let layer = local(&[file("file", b"x"), directory("dir")]);
     let target = dir();

@@ -80,6 +80,9 @@ impl<R> Default for Tables<R> {
     }
 }
 
+/// A slot for a snapshot, and its layers.
+type Reserved<R> = (u32, Vec<Arc<Leaf<R>>>);
+
 /// What is served no more and has to be dropped where that may take time.
 pub(super) struct Garbage<R> {
     trees: Vec<Arc<Tree<R>>>,
@@ -177,7 +180,7 @@ impl<R: ReadAt> Tables<R> {
         name: &Name,
         layers: &[LayerSlot],
         wanted: Option<u32>,
-    ) -> Result<(u32, Vec<Arc<Leaf<R>>>), ForestError> {
+    ) -> Result<Reserved<R>, ForestError> {
         if self.names.contains_key(name) {
             return Err(ForestError::NameTaken(name.clone()));
         }

@@ -146,6 +146,8 @@ fn of_overlay(error: &overlay::Error<erofs::Error>) -> Errno {
         // As overlayfs answers: see `Documentation/filesystems/overlayfs.rst`, "Metadata only copy up".
         overlay::Error::Metacopy { .. } => Errno::EPERM,
         overlay::Error::Redirect { .. } => Errno::EINVAL,
+        // What the kernel says to whoever looks such a name up in a directory of a layer (`lookup_one_len`).
+        overlay::Error::Dots { .. } => Errno::EACCES,
         overlay::Error::Detached { .. } | overlay::Error::NoLayer(_) => Errno::ESTALE,
         overlay::Error::TooLarge { .. } | overlay::Error::LayerCount(_) => Errno::EIO,
     }
@@ -201,6 +203,7 @@ mod tests {
             ),
             (of_overlay(overlay::Error::Metacopy { layer: 0, nid: 1 }), Errno::EPERM),
             (of_overlay(overlay::Error::Redirect { layer: 0, nid: 1, redirect: "/".into() }), Errno::EINVAL),
+            (of_overlay(overlay::Error::Dots { layer: 0, nid: 1, redirect: "..".into() }), Errno::EACCES),
             (of_overlay(overlay::Error::Detached { layer: 0, nid: 1 }), Errno::ESTALE),
             (of_overlay(overlay::Error::TooLarge { layer: 0, nid: 1, limit: 1 }), Errno::EIO),
             (of_overlay(overlay::Error::Layer { layer: 0, source: wrong("directory") }), Errno::ENOTDIR),

@@ -2,7 +2,7 @@
 
 use std::ops::ControlFlow;
 
-use crate::model::{Attributes, FileKind};
+use crate::model::{Attributes, FileKind, Name};
 
 use super::{Error, Found, LayerView, Look, NodeId, Overlay};
 
@@ -97,6 +97,13 @@ impl<V: LayerView> Overlay<V> {
         is_last: bool,
         search: &mut Search,
     ) -> Result<Option<(NodeId, Attributes)>, Error<V::Error>> {
+        if let b"." | b".." = name {
+            let redirect = String::from_utf8_lossy(name).into_owned();
+            return Err(Error::Dots { layer: dir.layer, nid: dir.nid, redirect });
+        }
+        if name.len() > Name::MAX_LEN {
+            return Ok(None);
+        }
         let Some(nid) = self.ask(dir.layer, |view| view.lookup(dir.nid, name))? else { return Ok(None) };
         let node = NodeId { layer: dir.layer, nid };
         let look = self.look(node)?;
@@ -143,7 +150,12 @@ impl<V: LayerView> Overlay<V> {
             nid: node.nid,
             redirect: String::from_utf8_lossy(redirect).into_owned(),
         };
-        let check = |name: &[u8]| crate::model::Name::check(name).map_err(|_| invalid()).map(|()| name.to_vec());
+        // What the names are shows where they are looked up, as in the kernel.
+        let check = |name: &[u8]| match name {
+            [] => Err(invalid()),
+            name if name.contains(&b'/') => Err(invalid()),
+            name => Ok(name.to_vec()),
+        };
         if let Some(path) = redirect.strip_prefix(b"/") {
             let mut names = path.split(|b| *b == b'/').map(check).collect::<Result<Vec<_>, _>>()?;
             if let Target::Path(old) = &search.target {

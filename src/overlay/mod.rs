@@ -131,6 +131,16 @@ pub enum Error<E: std::error::Error + 'static> {
         /// What its `trusted.overlay.redirect` says.
         redirect: String,
     },
+    /// A redirect through a name that is none.
+    #[error("a redirect leads from directory {nid} of layer {layer} to {redirect:?}, which is no name to look up")]
+    Dots {
+        /// Index of the layer it leads through, below the one that has it.
+        layer: u16,
+        /// Number of the directory there.
+        nid: u64,
+        /// `.` or `..`.
+        redirect: String,
+    },
     /// The way from a directory up to its root has no end, or a step of it is missing.
     #[error("directory {nid} of layer {layer} cannot be reached from the layer's root")]
     Detached {

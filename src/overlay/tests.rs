@@ -250,15 +250,26 @@ fn redirects_are_followed_as_in_overlayfs() {
 #[test]
 fn what_overlayfs_refuses_is_refused() {
     let overlay = stack(&[
-        &["low @trusted.overlay.metacopy=", "x"],
-        &["d/ @trusted.overlay.redirect=/a//b", "e/ @trusted.overlay.redirect=../x", "f/ @trusted.overlay.redirect="],
+        &["low @trusted.overlay.metacopy=", "x", "d2/"],
+        &[
+            "d/ @trusted.overlay.redirect=/a//b",
+            "e/ @trusted.overlay.redirect=../x",
+            "f/ @trusted.overlay.redirect=",
+            "g/ @trusted.overlay.redirect=..",
+            "h/ @trusted.overlay.redirect=/d2/./x",
+            "i/ @trusted.overlay.redirect=/absent/../d2",
+        ],
     ]);
     assert_eq!(
         tree(&overlay),
         [
             "d directory 1 of layer 1 has the invalid redirect \"/a//b\"",
+            "d2/ 0",
             "e directory 2 of layer 1 has the invalid redirect \"../x\"",
             "f directory 3 of layer 1 has the invalid redirect \"\"",
+            "g a redirect leads from directory 0 of layer 0 to \"..\", which is no name to look up",
+            "h a redirect leads from directory 3 of layer 0 to \".\", which is no name to look up",
+            "i/ 1",
             "low file 1 of layer 0 has trusted.overlay.metacopy: its content lies elsewhere and is not followed",
             "x 0",
         ]

@@ -152,6 +152,13 @@ fn random_stacks_look_as_in_overlayfs() {
         .unwrap();
 }
 
+/// 256 bytes.
+const LONG: &str = concat!(
+    "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef",
+    "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef",
+    "0123456789abcdef0123456789abcdef",
+);
+
 /// A directory with a redirect.
 fn moved(path: &'static str, redirect: &'static str) -> Line {
     Line {
@@ -205,6 +212,24 @@ fn redirects_lead_where_overlayfs_follows_them() {
         // Nonsense, also where nobody looks at it.
         vec![vec![moved("low", "/a//b"), file("a/b/x")], vec![moved("bad", "/a//b"), moved("worse", "a/b")]],
         vec![vec![file("a/b/x")], vec![moved("empty", ""), moved("root", "/"), moved("end", "/a/")]],
+        // Names that nobody looks up: refused where a lower layer is asked for them, and only there.
+        vec![vec![file("a/b/x")], vec![moved("up", ".."), moved("here", "."), moved("three", "...")]],
+        vec![vec![file("a/b/x")], vec![moved("a", "..")], vec![file("a/own")]],
+        vec![
+            vec![file("a/b/x")],
+            vec![
+                moved("over", "/a/../a/b"),
+                moved("top", "/.."),
+                moved("last", "/a/b/."),
+                moved("never", "/absent/../a"),
+                moved("file", "/a/b/x/.."),
+            ],
+        ],
+        vec![vec![moved("a", ".."), file("a/x")], vec![plain("a", Kind::Directory)]],
+        vec![vec![file("x/y")], vec![moved("only/moved", "..")]],
+        // Names that no directory has.
+        vec![vec![file("a/b/x")], vec![moved("long", LONG), moved("a", "/a/b")]],
+        vec![vec![file("a/b/x")], vec![moved("n", LONG)], vec![moved("m", "/n")]],
     ];
     for (number, layers) in cases.into_iter().enumerate() {
         let (kernel, shown) = both(layers.iter().map(|lines| image(lines)).collect());

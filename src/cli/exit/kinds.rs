@@ -391,7 +391,9 @@ fn of_overlay(error: &overlay::Error<erofs::Error>) -> Option<Problem> {
         overlay::Error::Metacopy { .. } | overlay::Error::TooLarge { .. } | overlay::Error::LayerCount(_) => {
             Some(Problem::Unsupported)
         }
-        overlay::Error::Redirect { .. } | overlay::Error::Detached { .. } => Some(Problem::Corrupt),
+        overlay::Error::Redirect { .. } | overlay::Error::Dots { .. } | overlay::Error::Detached { .. } => {
+            Some(Problem::Corrupt)
+        }
         overlay::Error::NoLayer(_) => Some(Problem::Internal),
     }
 }

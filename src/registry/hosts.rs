@@ -88,24 +88,15 @@ pub(super) struct HostSpec {
     pub(super) mirror: bool,
 }
 
+/// Which servers a file names. Beside this it may say a [`Table`] of the registry's own.
 #[derive(Deserialize)]
 struct File {
     server: Option<String>,
     #[serde(default)]
     host: HashMap<Spanned<String>, Table>,
-    #[serde(default)]
-    capabilities: Option<Vec<String>>,
-    #[serde(default)]
-    ca: OneOrMany,
-    #[serde(default)]
-    client: ClientFiles,
-    skip_verify: Option<bool>,
-    #[serde(default)]
-    header: HashMap<String, OneOrMany>,
-    #[serde(default)]
-    override_path: bool,
 }
 
+/// What can be said of a server.
 #[derive(Deserialize, Default)]
 struct Table {
     #[serde(default)]
@@ -198,31 +189,43 @@ fn read_bounded(path: &Path) -> std::io::Result<String> {
 
 /// Reads `text`, which stands in `path`, for `registry`.
 fn parse_hosts(text: &str, path: &Path, registry: &str) -> Result<Vec<HostSpec>, HostsError> {
-    let file: File = toml::from_str(text).map_err(|error| {
+    let bad = |error: toml::de::Error| {
         let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
         let line = before.matches('\n').count() + 1;
-        HostsError::Parse { path: path.to_owned(), line, reason: error.message().to_owned() }
-    })?;
+        HostsError::Parse { path: path.to_owned(), line, reason: without_values(error.message()) }
+    };
+    let file: File = toml::from_str(text).map_err(bad)?;
+    let own: Table = toml::from_str(text).map_err(bad)?;
     let mut mirrors: Vec<(Spanned<String>, Table)> = file.host.into_iter().collect();
     mirrors.sort_by_key(|(server, _)| server.span().start);
     let mut hosts = Vec::new();
     for (server, table) in mirrors {
         hosts.push(spec(server.get_ref(), table, path, registry)?);
     }
-    let own = Table {
-        capabilities: file.capabilities,
-        ca: file.ca,
-        client: file.client,
-        skip_verify: file.skip_verify,
-        header: file.header,
-        override_path: file.override_path,
-    };
     let trusted_specially = !matches!(&own.ca, OneOrMany::Many(many) if many.is_empty())
         || !matches!(&own.client, ClientFiles::Many(many) if many.is_empty());
     let server = file.server.filter(|server| !server.is_empty());
     let server = server.unwrap_or_else(|| default_server(registry, trusted_specially));
     hosts.push(spec(&server, own, path, registry)?);
     Ok(hosts)
+}
+
+/// A parser's message without the values that it quotes: one of them may be a password at the wrong place.
+fn without_values(message: &str) -> String {
+    match (message.find('"'), message.rfind('"')) {
+        (Some(first), Some(last)) if first < last => format!("{}\"…\"{}", &message[..first], &message[last + 1..]),
+        _ => message.to_owned(),
+    }
+}
+
+/// The addresses of the servers that the `hosts.toml` with this `text` names for `registry`, best first.
+///
+/// # Errors
+/// The text cannot be understood.
+#[cfg(feature = "testkit")]
+pub fn servers_in(text: &str, registry: &str) -> Result<Vec<Url>, HostsError> {
+    let hosts = parse_hosts(text, Path::new("hosts.toml"), registry)?;
+    Ok(hosts.into_iter().map(|host| host.base).collect())
 }
 
 /// A directory without `hosts.toml`, as Docker lays it out: `*.crt` are authorities, `*.cert` with `*.key` a client.
@@ -267,7 +270,8 @@ pub(super) fn is_loopback(url: &Url) -> bool {
 }
 
 fn spec(server: &str, table: Table, path: &Path, registry: &str) -> Result<HostSpec, HostsError> {
-    let fail = |reason: String| HostsError::Value { path: path.to_owned(), server: server.to_owned(), reason };
+    let shown = server.rsplit_once('@').map_or(server, |(_, after)| after);
+    let fail = |reason: String| HostsError::Value { path: path.to_owned(), server: shown.to_owned(), reason };
     let address = if server.contains("://") { server.to_owned() } else { format!("https://{server}") };
     let mut base = Url::parse(&address).map_err(|error| fail(format!("no address: {error}")))?;
     if !matches!(base.scheme(), "http" | "https") || base.host().is_none() {
@@ -419,6 +423,13 @@ mod tests {
     fn files_that_make_no_sense_are_refused() {
         for (text, message) in [
             ("server = 3", "cannot understand /d/hosts.toml (line 1)"),
+            ("server = 'https://a'\nca = 3", "cannot understand /d/hosts.toml (line 2)"),
+            (
+                "[host.'https://x']\nheader = 'pw'",
+                "cannot understand /d/hosts.toml (line 2): invalid type: string \"…\"",
+            ),
+            ("[host.'https://x']\nheader = 'p\"w'", "invalid type: string \"…\""),
+            ("[host.'https://me:pw@a b']", "no address"),
             ("[host.'https://x'.header]\n\nauthorization = pw", "cannot understand /d/hosts.toml (line 3)"),
             ("[host.'ftp://x']", "only http and https"),
             ("[host.'https://me:pw@x.example']", "no user, password"),

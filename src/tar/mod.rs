@@ -8,15 +8,20 @@
 //! hold what its original shows when it runs. `docs/tar.md` lists the choices.
 
 mod acl;
+mod body;
 pub mod decompress;
 mod error;
+mod fields;
 mod header;
 mod pax;
+mod place;
 mod reader;
+mod source;
 mod sparse;
 
+pub use body::Run;
 pub use error::{Part, Problem, TarError};
-pub use reader::{Dropped, Reader, Run};
+pub use reader::{Dropped, Reader};
 
 /// Most bytes of one extended header or long name. The writers and readers of the container engines (Go's `archive/tar`)
 /// stop at the same size, so no layer that they can unpack is refused.

@@ -3,24 +3,19 @@
 //! One pass, forward only. What is kept at any time: one header, the records of one entry, the map of one sparse file;
 //! each has a limit in `mod.rs`. Content goes straight from the source into the caller's buffer.
 
-use std::io::{self, Read};
+use std::io::Read;
 
+use super::MAX_RECORDS;
 use super::acl::{self, Acl};
+use super::body::{Body, Run};
 use super::error::{Part, Problem, TarError, shorten};
-use super::header::{self, BLOCK, Block, Dialect, Header};
+use super::fields::{Kind, device, within, xattr};
+use super::header::{self, BLOCK, Block, Header};
 use super::pax::Pax;
+use super::place::{Place, hard_link_target, place, symlink_target};
+use super::source::Source;
 use super::sparse::{Lines, SparseMap};
-use super::{MAX_PATH, MAX_RECORDS};
-use crate::model::{DeviceNumber, EntryKind, LayerEntry, Metadata, Name, RelPath, Tally, Timestamp, Xattr};
-
-/// A stretch of a file's content.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Run {
-    /// So many zeros that are not in the tar.
-    Hole(u64),
-    /// So many bytes that [`Reader::read_body`] hands out next.
-    Data(u64),
-}
+use crate::model::{EntryKind, LayerEntry, Metadata, RelPath, Tally, Timestamp};
 
 /// What was left out because the layer alone does not tell what it means.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -46,30 +41,6 @@ pub struct Reader<R> {
     is_pax: bool,
     dropped: Dropped,
     done: bool,
-}
-
-/// Bytes with their place.
-#[derive(Debug)]
-struct Source<R> {
-    inner: R,
-    offset: u64,
-}
-
-/// The content of the current entry.
-#[derive(Debug, Default)]
-struct Body {
-    /// Bytes of the file, holes included.
-    size: u64,
-    /// How many of them have been handed out.
-    position: u64,
-    /// The stored piece at or after `position`.
-    piece: (u64, u64),
-    /// The pieces after that.
-    pieces: std::vec::IntoIter<(u64, u64)>,
-    /// Bytes of content in the tar that have not been read.
-    stored: u64,
-    /// Bytes after the content up to the next block.
-    padding: u64,
 }
 
 /// What the headers before an entry said about it.
@@ -364,11 +335,12 @@ impl<R: Read> Reader<R> {
             self.ahead = Some(block);
             return Ok(Body::default());
         }
-        let whole = Body::padding_of(stored);
-        Ok(match stored.checked_sub(BLOCK as u64) {
-            Some(stored) => Body { stored, ..whole },
-            None => Body::default(),
-        })
+        let mut whole = Body::padding_of(stored);
+        match stored.checked_sub(BLOCK as u64) {
+            Some(rest) => whole.stored = rest,
+            None => return Ok(Body::default()),
+        }
+        Ok(whole)
     }
 
     fn metadata(&mut self, header: Header<'_>, mut pax: Pax, path: &RelPath) -> Result<Metadata, Stop> {
@@ -417,128 +389,6 @@ impl<R: Read> Reader<R> {
     }
 }
 
-impl<R: Read> Source<R> {
-    fn error(&self, problem: impl Into<Problem>) -> TarError {
-        TarError { offset: self.offset, path: None, problem: problem.into() }
-    }
-
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        loop {
-            match self.inner.read(buf) {
-                Ok(read) => {
-                    self.offset += read as u64;
-                    return Ok(read);
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-    }
-
-    /// Fills `buf` as far as there are bytes.
-    fn fill(&mut self, buf: &mut [u8]) -> Result<usize, TarError> {
-        let mut filled = 0;
-        while let Some(rest) = buf.get_mut(filled..).filter(|rest| !rest.is_empty()) {
-            match self.read(rest).map_err(|error| self.error(error))? {
-                0 => break,
-                read => filled += read,
-            }
-        }
-        Ok(filled)
-    }
-
-    /// The next block, none at the end of the source.
-    fn block(&mut self, part: Part) -> Result<Option<Box<Block>>, TarError> {
-        let mut block = Box::new([0; BLOCK]);
-        match self.fill(&mut block[..])? {
-            0 => Ok(None),
-            BLOCK => Ok(Some(block)),
-            _ => Err(self.error(Problem::Cut(part))),
-        }
-    }
-
-    /// Appends `len` bytes to `into`, which grows only with bytes that are there.
-    fn read_to(&mut self, len: u64, into: &mut Vec<u8>, part: Part) -> Result<(), TarError> {
-        let mut left = len;
-        let mut buf = [0; 4096];
-        while left > 0 {
-            let room = usize::try_from(left).map_or(buf.len(), |left| left.min(buf.len()));
-            let read = self.fill(buf.get_mut(..room).unwrap_or_default())?;
-            if read < room {
-                return Err(self.error(Problem::Cut(part)));
-            }
-            into.extend_from_slice(buf.get(..read).unwrap_or_default());
-            left -= read as u64;
-        }
-        Ok(())
-    }
-
-    fn skip(&mut self, len: u64, part: Part) -> Result<(), TarError> {
-        let before = self.offset;
-        self.skip_what_is_there(len)?;
-        if self.offset - before < len { Err(self.error(Problem::Cut(part))) } else { Ok(()) }
-    }
-
-    fn skip_what_is_there(&mut self, len: u64) -> Result<(), TarError> {
-        let mut left = len;
-        let mut buf = [0; 16 << 10];
-        while left > 0 {
-            let room = usize::try_from(left).map_or(buf.len(), |left| left.min(buf.len()));
-            match self.fill(buf.get_mut(..room).unwrap_or_default())? {
-                0 => break,
-                read => left -= read as u64,
-            }
-        }
-        Ok(())
-    }
-}
-
-impl From<io::Error> for Problem {
-    fn from(error: io::Error) -> Self {
-        Self::Io(error)
-    }
-}
-
-impl Body {
-    fn plain(size: u64) -> Self {
-        Self { size, piece: (0, size), stored: size, ..Self::padding_of(size) }
-    }
-
-    fn padding_of(stored: u64) -> Self {
-        Self { padding: stored.next_multiple_of(BLOCK as u64) - stored, ..Self::default() }
-    }
-
-    fn sparse(size: u64, stored: u64, pieces: Vec<(u64, u64)>) -> Self {
-        let mut pieces = pieces.into_iter();
-        let piece = pieces.next().unwrap_or((size, 0));
-        Self { size, piece, pieces, stored, ..Self::padding_of(stored) }
-    }
-
-    /// Leaves nothing to hand out; what is in the tar is passed over.
-    fn hide(&mut self) {
-        self.size = 0;
-    }
-
-    fn run(&self) -> Option<Run> {
-        let (start, len) = self.piece;
-        if self.position >= self.size {
-            None
-        } else if self.position < start {
-            Some(Run::Hole(start - self.position))
-        } else {
-            Some(Run::Data(start + len - self.position))
-        }
-    }
-
-    /// Moves on by `len` bytes of the current run.
-    fn hand_out(&mut self, len: u64) {
-        self.position += len;
-        if self.position == self.piece.0 + self.piece.1 {
-            self.piece = self.pieces.next().unwrap_or((self.size, 0));
-        }
-    }
-}
-
 /// Why an entry could not be read: with or without its place known already.
 enum Stop {
     Problem(Problem),
@@ -557,56 +407,6 @@ impl From<TarError> for Stop {
     }
 }
 
-/// The types a layer may hold (OCI image specification, `layer.md`, *File Types*).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    Regular,
-    HardLink,
-    Symlink,
-    CharDevice,
-    BlockDevice,
-    Directory,
-    Fifo,
-}
-
-impl Kind {
-    fn of(header: Header<'_>, path: &[u8]) -> Result<Self, Problem> {
-        Ok(match header.type_flag() {
-            // V7 had no type for directories, only the slash.
-            0 if path.ends_with(b"/") => Self::Directory,
-            0 | b'0' | b'7' => Self::Regular,
-            b'S' if header.dialect() == Dialect::Gnu => Self::Regular,
-            b'1' => Self::HardLink,
-            b'2' => Self::Symlink,
-            b'3' => Self::CharDevice,
-            b'4' => Self::BlockDevice,
-            b'5' => Self::Directory,
-            b'6' => Self::Fifo,
-            other => return Err(Problem::UnknownType(other)),
-        })
-    }
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::Regular => "regular file",
-            Self::HardLink => "hard link",
-            Self::Symlink => "symbolic link",
-            Self::CharDevice => "character device",
-            Self::BlockDevice => "block device",
-            Self::Directory => "directory",
-            Self::Fifo => "named pipe",
-        }
-    }
-}
-
-/// What a path means in a layer.
-enum Place {
-    File(RelPath),
-    Whiteout(RelPath),
-    Opaque(RelPath),
-    Aufs,
-}
-
 /// The path as written, from wherever it is written.
 fn path_bytes(header: Header<'_>, extended: &Extended) -> Vec<u8> {
     let pax = extended.pax.as_ref();
@@ -614,108 +414,4 @@ fn path_bytes(header: Header<'_>, extended: &Extended) -> Vec<u8> {
         .or_else(|| extended.long_name.clone())
         .or_else(|| pax.and_then(|pax| pax.path.clone()))
         .unwrap_or_else(|| header.path())
-}
-
-fn place(path: &[u8]) -> Result<Place, Problem> {
-    const MARK: &[u8] = b".wh.";
-    const AUFS: &[u8] = b".wh..wh.";
-    const OPAQUE: &[u8] = b".wh..wh..opq";
-    let parts = parts(path, "path", || Problem::Climbs)?;
-    let below = |parts: &[&[u8]]| RelPath::parse(&parts.join(&b'/')).map_err(Problem::BadPath);
-    let Some((last, above)) = parts.split_last() else { return Ok(Place::File(RelPath::root())) };
-    if above.iter().any(|part| part.starts_with(AUFS)) {
-        return Ok(Place::Aufs);
-    }
-    if above.iter().any(|part| part.starts_with(MARK)) {
-        return Err(Problem::ReservedName);
-    }
-    if *last == OPAQUE {
-        below(above).map(Place::Opaque)
-    } else if last.starts_with(AUFS) {
-        Ok(Place::Aufs)
-    } else if let Some(removed) = last.strip_prefix(MARK) {
-        // The mark may be longer than a name: only what it removes has to be one.
-        if matches!(removed, b"" | b"." | b"..") {
-            return Err(Problem::ReservedName);
-        }
-        let removed = Name::new(removed).map_err(Problem::BadPath)?;
-        Ok(Place::Whiteout(below(above)?.join(removed)))
-    } else {
-        below(&parts).map(Place::File)
-    }
-}
-
-/// The parts of a path with `..` resolved by text alone, as engines do, unless it leaves the layer.
-fn parts<'a>(bytes: &'a [u8], what: &'static str, climbs: impl FnOnce() -> Problem) -> Result<Vec<&'a [u8]>, Problem> {
-    if bytes.len() > MAX_PATH {
-        return Err(Problem::TooLong { what, len: bytes.len(), limit: MAX_PATH });
-    }
-    let mut parts: Vec<&[u8]> = Vec::new();
-    for part in bytes.split(|b| *b == b'/') {
-        match part {
-            b"" | b"." => {}
-            b".." => {
-                if parts.pop().is_none() {
-                    return Err(climbs());
-                }
-            }
-            _ => parts.push(part),
-        }
-    }
-    Ok(parts)
-}
-
-fn symlink_target(link: &[u8]) -> Result<Box<[u8]>, Problem> {
-    if link.is_empty() {
-        Err(Problem::NoTarget)
-    } else if link.len() > MAX_PATH {
-        Err(Problem::TooLong { what: "link target", len: link.len(), limit: MAX_PATH })
-    } else if link.contains(&0) {
-        Err(Problem::Nul("link target"))
-    } else {
-        Ok(link.into())
-    }
-}
-
-fn hard_link_target(link: &[u8]) -> Result<RelPath, Problem> {
-    let parts = parts(link, "link target", || Problem::TargetClimbs(shorten(link)))?;
-    RelPath::parse(&parts.join(&b'/')).map_err(|source| Problem::BadTarget { target: shorten(link), source })
-}
-
-fn device(header: Header<'_>, pax: &Pax) -> Result<DeviceNumber, Problem> {
-    // Linux keeps twelve bits of the major and twenty of the minor number.
-    let major = pax.dev_major.map_or_else(|| header.dev_major(), |major| Ok(major.into()))?;
-    let minor = pax.dev_minor.map_or_else(|| header.dev_minor(), |minor| Ok(minor.into()))?;
-    let narrow = |field, value: i128, max: u32| {
-        u32::try_from(value).ok().filter(|value| *value <= max).ok_or(Problem::OutOfRange {
-            field,
-            value,
-            min: 0,
-            max: max.into(),
-        })
-    };
-    Ok(DeviceNumber { major: narrow("devmajor", major, 0xfff)?, minor: narrow("devminor", minor, 0xf_ffff)? })
-}
-
-fn within(field: &'static str, value: i128, min: i64, max: i64) -> Result<i64, Problem> {
-    let wrong = Problem::OutOfRange { field, value, min: min.into(), max: max.into() };
-    i64::try_from(value).ok().filter(|value| (min..=max).contains(value)).ok_or(wrong)
-}
-
-fn xattr(name: Vec<u8>, value: Vec<u8>) -> Result<Xattr, Problem> {
-    let why = if name.is_empty() {
-        Some("its name is empty")
-    } else if name.len() > 255 {
-        Some("its name is longer than the 255 bytes that Linux allows")
-    } else if name.contains(&0) {
-        Some("its name holds a NUL byte")
-    } else if value.len() > 65_536 {
-        Some("its value is longer than the 65,536 bytes that Linux allows")
-    } else {
-        None
-    };
-    match why {
-        Some(why) => Err(Problem::BadXattr { name: shorten(&name), why }),
-        None => Ok(Xattr { name: name.into(), value: value.into() }),
-    }
 }

@@ -3,18 +3,22 @@
 //! The documents have their own types: the ones of the crate `oci-spec` lose `os.features` of an index entry, which is how
 //! an EROFS image is told from its ordinary twin, and write annotations in random order.
 
+mod config;
+mod descriptor;
 mod erofs;
 mod manifest;
 pub mod media;
 mod platform;
 mod reference;
 
+pub use config::Config;
+pub use descriptor::{DOCUMENT_LIMIT, Descriptor, DocumentError, verify_digest};
 pub use erofs::{
     CHUNK_INDEX, CONTAINERD_LAYER, CONTAINERD_LAYER_ZSTD, EROFS_LAYER, EROFS_LAYER_ZSTD, Form, IgnoredIndex, ImagePlan,
     IndexLocation, LayerFault, LayerKind, LayerPlan, MAX_LAYERS, PlanError, Role, StackedLayer, TarCompression, Verity,
     index_descriptor, layer_annotations, layer_descriptor, layer_media_type, layer_role,
 };
-pub use manifest::{Config, DOCUMENT_LIMIT, Descriptor, Document, DocumentError, Index, Manifest, verify_digest};
+pub use manifest::{Document, Index, Manifest};
 pub use platform::{EROFS_FEATURE, Platform, PlatformError, PlatformRecord, Prefer, select};
 pub use reference::{
     ArchiveImage, DEFAULT_HOST, DEFAULT_TAG, ImageName, LayoutImage, Reason, Reference, ReferenceError, Selector,

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::str::FromStr;
 
-use super::manifest::Descriptor;
+use super::descriptor::Descriptor;
 use super::media;
 use crate::chunked::{BlobSummary, Compression};
 use crate::model::{BlobDigest, DiffId};

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::chunked::{Compression, Framing, IndexFamily, IndexSection, MAX_INDEX_SIZE};
 use crate::model::{Algorithm, BlobDigest, ByteRange, DiffId, Digest, IndexDigest};
-use crate::oci::manifest::{Config, Descriptor, Manifest};
+use crate::oci::{Config, Descriptor, Manifest};
 
 /// The most layers an image may have: what the kernel's overlayfs stacks (`OVL_MAX_STACK`).
 pub const MAX_LAYERS: usize = 500;

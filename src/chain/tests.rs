@@ -614,7 +614,7 @@ fn records_that_contradict_each_other_are_damage() {
         ("active parent", |snapshots, _, _| {
             snapshots.iter_mut().for_each(|of| {
                 if of.key.as_str() == "committed-1" {
-                    of.kind = Kind::Active
+                    of.kind = Kind::Active;
                 }
             });
         }),
@@ -630,7 +630,7 @@ fn records_that_contradict_each_other_are_damage() {
         ("filling and committed", |snapshots, _, _| {
             snapshots.iter_mut().for_each(|of| {
                 if of.filling.is_some() {
-                    of.kind = Kind::Committed
+                    of.kind = Kind::Committed;
                 }
             });
         }),

@@ -61,7 +61,7 @@ impl Files {
     }
 
     pub(super) fn own(&self, slot: SnapshotSlot) -> Own {
-        own_at(self.place(slot))
+        own_at(&self.place(slot))
     }
 
     fn place(&self, slot: SnapshotSlot) -> PathBuf {
@@ -178,10 +178,10 @@ impl Reaper {
 
 /// The directories of a snapshot of the root.
 pub(super) fn own(root: &Path, slot: SnapshotSlot) -> Own {
-    own_at(root.join(SNAPSHOTS).join(slot.to_string()))
+    own_at(&root.join(SNAPSHOTS).join(slot.to_string()))
 }
 
-fn own_at(place: PathBuf) -> Own {
+fn own_at(place: &Path) -> Own {
     Own { upper: place.join(UPPER), work: place.join(WORK) }
 }
 

@@ -8,13 +8,13 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 use headstart::chain::{Content, Key, Kind, Labels, Snapshot};
-use headstart::model::{Algorithm, BlobDigest, DiffId, Digest, IndexDigest};
+use headstart::model::{Algorithm, BlobDigest, ChainId, DiffId, Digest, IndexDigest};
 use headstart::snapshots::{LayerSpec, Recovery, Snapshots, SnapshotsConfig, SnapshotsError};
 use headstart::store::{Anchor, Store};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::cli::stage::Stage;
+use crate::cli::stage::{Stage, noise, reference, tar, wait_until};
 
 const ROOT: &str = "HEADSTART_TEST_ROOT";
 const SEED: &str = "HEADSTART_TEST_SEED";
@@ -170,12 +170,7 @@ impl Heard {
             Some(("removing", name)) => {
                 self.removing = self.committed.remove(name).map(|parent| (name.to_owned(), parent));
             }
-            Some(("keeping", name)) => {
-                let (of, parent) = self.removing.take().unwrap_or((name.to_owned(), None));
-                if of == name && name.starts_with("name-") | name.starts_with("sha256:") {
-                    self.committed.insert(of, parent);
-                }
-            }
+            Some(("keeping", _)) => self.committed.extend(self.removing.take()),
             _ => self.removing = None,
         }
     }
@@ -313,6 +308,103 @@ fn snapshots_are_shown_whoever_has_them_open() {
     // Nobody has them open: the same answer.
     drop(snapshots);
     assert_eq!(show(false), text);
+}
+
+/// What is committed, bottom first: follows the parents and finds that nothing else is there.
+fn row(seen: &Value) -> Vec<(String, String)> {
+    let all = seen["snapshots"].as_array().unwrap();
+    let mut row: Vec<(String, String)> = Vec::new();
+    while row.len() < all.len() {
+        let below = row.last().map_or(Value::Null, |(key, _)| key.as_str().into());
+        let next = all.iter().find(|of| of["parent"] == below && of["kind"] == "committed");
+        let next = next.unwrap_or_else(|| panic!("nothing stands on {below}: {seen:#}"));
+        assert_eq!(next["state"], "local", "{seen:#}");
+        let text = |value: &Value| value.as_str().unwrap().to_owned();
+        row.push((text(&next["key"]), text(&next["layer"]["diff_id"])));
+    }
+    row
+}
+
+#[test]
+fn a_pulled_image_is_a_row_of_committed_snapshots() {
+    for is_tar in [false, true] {
+        let stage = Stage::new();
+        let tars = [tar(&[("a", &noise(1, 300_000))]), tar(&[("b", b"b")]), tar(&[("c", &noise(2, 200_000))])];
+        let (_, converted) = stage.images(&tars);
+        let image = if is_tar { reference(&stage.path("source")) } else { reference(&converted) };
+        let pulled = stage.json(&["pull", &image]);
+        let seen = stage.json(&["snapshots"]);
+        let diff_ids: Vec<DiffId> = pulled["layers"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|layer| serde_json::from_value(layer["diff_id"].clone()).unwrap())
+            .collect();
+        let names = ChainId::of_stack(&diff_ids);
+        let wanted: Vec<(String, String)> =
+            names.iter().zip(&diff_ids).map(|(name, diff_id)| (name.to_string(), diff_id.to_string())).collect();
+        assert_eq!(row(&seen), wanted);
+        assert_eq!((&seen["images"][0]["image"], &seen["images"][0]["committed"]), (&json!(image), &json!(3)));
+        // Again is as good as once.
+        stage.json(&["pull", &image]);
+        let again = stage.json(&["snapshots"]);
+        assert_eq!(again["snapshots"], seen["snapshots"]);
+        stage.assert_clean();
+    }
+}
+
+#[test]
+fn pulls_beside_each_other_are_all_written_down() {
+    let stage = Stage::new();
+    let shared = tar(&[("shared", &noise(1, 400_000))]);
+    let images: Vec<String> = (0..3)
+        .map(|number| {
+            let own = tar(&[("own", &noise(10 + number, 200_000))]);
+            let (from, to) = (format!("source-{number}"), format!("converted-{number}"));
+            reference(&stage.images_at(&from, &to, &[shared.clone(), own]).1)
+        })
+        .collect();
+    let pulls: Vec<_> = images
+        .iter()
+        .map(|image| stage.program().args(["pull", image]).stdout(Stdio::null()).spawn().unwrap())
+        .collect();
+    for mut pull in pulls {
+        assert!(pull.wait().unwrap().success());
+    }
+    let seen = stage.json(&["snapshots"]);
+    assert_eq!(seen["images"].as_array().unwrap().len(), 3);
+    let all = seen["snapshots"].as_array().unwrap();
+    assert_eq!(all.len(), 4, "{seen:#}");
+    assert!(all.iter().all(|of| of["kind"] == "committed" && of["state"] == "local"), "{seen:#}");
+}
+
+#[test]
+fn a_pull_that_is_killed_is_taken_up_by_the_next() {
+    let stage = Stage::new();
+    let layers = [tar(&[("a", b"a")]), tar(&[("b", &noise(1, 6 << 20))]), tar(&[("c", b"c")])];
+    let (_, converted) = stage.images(&layers);
+    let slow = stage.serve(&converted, &["--bandwidth", "2Mbit"]);
+    let mut pull = stage.program().args(["pull", &slow.image()]).stdout(Stdio::null()).spawn().unwrap();
+    let states = || -> Vec<String> {
+        let seen = stage.json(&["snapshots"]);
+        let all = seen["snapshots"].as_array().unwrap();
+        all.iter().map(|of| of["state"].as_str().unwrap().to_owned()).collect()
+    };
+    // The lowest is committed before the one above it is here; the highest has to wait.
+    wait_until("a pull that is half done", || {
+        let mut states = states();
+        states.sort();
+        states == ["filling", "local", "waiting"]
+    });
+    pull.kill().unwrap();
+    pull.wait().unwrap();
+    let left = stage.json(&["snapshots"]);
+    let active = left["snapshots"].as_array().unwrap().iter().filter(|of| of["kind"] == "active");
+    assert!(active.clone().all(|of| of["parent"].is_null() && of["becomes"].is_string()), "{left:#}");
+    assert_eq!(active.count(), 2);
+    drop(slow);
+    stage.json(&["pull", &reference(&converted)]);
+    assert_eq!(row(&stage.json(&["snapshots"])).len(), 3);
 }
 
 #[test]

@@ -12,7 +12,7 @@ use serde::de::DeserializeOwned;
 
 use super::VERSION;
 use super::fault::Fault;
-use super::message::{Done, MountAsked, UmountAsked, WaitAsked};
+use super::message::{Done, MountAsked, PullAsked, PullLine, Pulled, UmountAsked, WaitAsked};
 use super::status::{Health, HostStatus, MountStatus};
 
 /// A serving process answers from memory, so a silence this long means that it hangs.
@@ -56,6 +56,12 @@ pub enum ControlError {
         /// Why.
         #[source]
         source: Arc<serde_json::Error>,
+    },
+    /// It ended in the middle of an answer.
+    #[error("the serving process at {socket} ended before it was done")]
+    Ended {
+        /// The socket.
+        socket: PathBuf,
     },
     /// It refused, or failed.
     #[error(transparent)]
@@ -104,6 +110,31 @@ impl Client {
     /// See [`ControlError`].
     pub async fn umount(&self, asked: &UmountAsked) -> Result<(), ControlError> {
         self.post("umount", asked).await.map(|Done {}| ())
+    }
+
+    /// Has all of an image brought; as long as it takes. `progress` is told the bytes that are here and those there will be.
+    ///
+    /// # Errors
+    /// See [`ControlError`].
+    pub async fn pull(&self, asked: &PullAsked, mut progress: impl FnMut(u64, u64)) -> Result<Pulled, ControlError> {
+        let mut answer = self.send(|client| client.post(address("pull")).json(asked)).await?;
+        let nonsense = |source| ControlError::Nonsense { socket: self.socket.clone(), source: Arc::new(source) };
+        let mut line = Vec::new();
+        while let Some(piece) = answer.chunk().await.map_err(|source| self.no_answer(source))? {
+            for byte in piece {
+                if byte != b'\n' {
+                    line.push(byte);
+                    continue;
+                }
+                match serde_json::from_slice(&line).map_err(nonsense)? {
+                    PullLine::Progress { bytes, of } => progress(bytes, of),
+                    PullLine::Done(pulled) => return Ok(pulled),
+                    PullLine::Failed(fault) => return Err(ControlError::Refused(fault)),
+                }
+                line.clear();
+            }
+        }
+        Err(ControlError::Ended { socket: self.socket.clone() })
     }
 
     /// Waits until all of a mount is here; as long as it takes.
@@ -200,6 +231,7 @@ mod tests {
     use std::sync::Mutex;
 
     use futures::future::BoxFuture;
+    use futures::stream::BoxStream;
 
     use super::super::server::{ControlServer, Served};
     use super::super::status::{DaemonStatus, LayerState, LayerStatus, MountRecord};
@@ -241,6 +273,11 @@ mod tests {
         }
     }
 
+    fn pulled() -> Pulled {
+        let manifest = BlobDigest(Digest::of(Algorithm::Sha256, b"layer"));
+        Pulled { image: "good".to_owned(), manifest, bytes_fetched: 1, bytes: 2, layers: vec![] }
+    }
+
     fn busy() -> Fault {
         Fault { kind: "mount-point".to_owned(), message: "cannot".to_owned(), causes: vec!["busy".to_owned()] }
     }
@@ -262,6 +299,16 @@ mod tests {
 
         fn umount(&self, asked: UmountAsked) -> BoxFuture<'static, Result<(), Fault>> {
             Box::pin(async move { if asked.lazy { Ok(()) } else { Err(busy()) } })
+        }
+
+        fn pull(&self, asked: PullAsked) -> BoxStream<'static, PullLine> {
+            let end = match asked.image.as_str() {
+                "good" => vec![PullLine::Done(pulled())],
+                "bad" => vec![PullLine::Failed(busy())],
+                _ => vec![],
+            };
+            let begin = (1..=3).map(|bytes| PullLine::Progress { bytes, of: 3 });
+            Box::pin(futures::stream::iter(begin.chain(end)))
         }
 
         fn wait(&self, _: WaitAsked) -> BoxFuture<'static, Result<MountStatus, Fault>> {
@@ -320,6 +367,27 @@ mod tests {
             })
             .await;
         }
+    }
+
+    #[tokio::test]
+    async fn a_pull_tells_how_far_it_is_and_how_it_ends() {
+        ready();
+        let temporary = tempfile::tempdir().unwrap();
+        let socket = temporary.path().join("s");
+        serving(&socket, async |_| {
+            let client = Client::new(&socket);
+            let mut told = Vec::new();
+            let asked = |image: &str| PullAsked { image: image.to_owned(), platform: None };
+            let good = client.pull(&asked("good"), |bytes, of| told.push((bytes, of))).await;
+            assert_eq!(good.unwrap(), pulled());
+            assert_eq!(told, [(1, 3), (2, 3), (3, 3)]);
+            match client.pull(&asked("bad"), |_, _| {}).await {
+                Err(ControlError::Refused(fault)) => assert_eq!(fault, busy()),
+                other => panic!("{other:?}"),
+            }
+            assert!(matches!(client.pull(&asked("cut"), |_, _| {}).await, Err(ControlError::Ended { .. })));
+        })
+        .await;
     }
 
     #[tokio::test]

@@ -4,6 +4,9 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::fault::Fault;
+use crate::model::{BlobDigest, DiffId};
+
 /// An image to be mounted.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -40,6 +43,62 @@ pub struct UmountAsked {
 pub struct WaitAsked {
     /// Where it is mounted, as its status says.
     pub mount_point: PathBuf,
+}
+
+/// An image to be brought as a whole.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PullAsked {
+    /// The reference; paths in it are absolute.
+    pub image: String,
+    /// Which of a multi-platform image; none is the serving machine's.
+    #[serde(default)]
+    pub platform: Option<String>,
+}
+
+/// One line of the answer to a [`PullAsked`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PullLine {
+    /// How far it is, in bytes.
+    Progress {
+        /// What is here.
+        bytes: u64,
+        /// What there will be, as far as is known.
+        of: u64,
+    },
+    /// All of it is here.
+    Done(Pulled),
+    /// It does not come.
+    Failed(Fault),
+}
+
+/// An image that was brought.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pulled {
+    /// The image as it was asked for.
+    pub image: String,
+    /// The manifest that it stood for.
+    pub manifest: BlobDigest,
+    /// Bytes that came from the registry since its layers were opened.
+    pub bytes_fetched: u64,
+    /// Bytes of all layer images.
+    pub bytes: u64,
+    /// The layers, lowest first.
+    pub layers: Vec<PulledLayer>,
+}
+
+/// A layer of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PulledLayer {
+    /// The blob.
+    pub digest: BlobDigest,
+    /// The layer image.
+    pub diff_id: DiffId,
+    /// Its bytes.
+    pub bytes: u64,
+    /// Bytes that came from the registry since it was opened.
+    pub bytes_fetched: u64,
 }
 
 /// That something was done, where there is nothing more to tell.

@@ -7,6 +7,7 @@
 //! POST /v1/mount      MountAsked     -> MountStatus
 //! POST /v1/umount     UmountAsked    -> {}
 //! POST /v1/wait       WaitAsked      -> MountStatus, when all of the mount is local
+//! POST /v1/pull       PullAsked      -> PullLine, one a line, the last one tells the end
 //! ```
 //!
 //! A refusal is an HTTP status of 400 or more and a [`Fault`], which has what the command line needs to end as if the
@@ -23,7 +24,7 @@ mod status;
 
 pub use client::{Client, ControlError};
 pub use fault::Fault;
-pub use message::{Done, MountAsked, UmountAsked, WaitAsked};
+pub use message::{Done, MountAsked, PullAsked, PullLine, Pulled, PulledLayer, UmountAsked, WaitAsked};
 pub use server::{ControlServer, Served};
 pub use status::{DaemonStatus, Health, HostStatus, LayerState, LayerStatus, MountRecord, MountStatus};
 

@@ -8,16 +8,19 @@ use std::time::Duration;
 
 use axum::body::{Body, to_bytes};
 use axum::extract::State;
+use axum::http::header::CONTENT_TYPE;
 use axum::http::{Method, StatusCode, Uri};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
+use futures::StreamExt as _;
 use futures::future::BoxFuture;
+use futures::stream::BoxStream;
 use tokio::net::unix::SocketAddr;
 use tokio::net::{UnixListener, UnixStream};
 
 use super::fault::Fault;
-use super::message::{MountAsked, UmountAsked, WaitAsked};
+use super::message::{MountAsked, PullAsked, PullLine, UmountAsked, WaitAsked};
 use super::status::{Health, HostStatus, MountStatus};
 use super::{Done, VERSION};
 
@@ -40,6 +43,9 @@ pub trait Served: Send + Sync + 'static {
 
     /// Ends a mount.
     fn umount(&self, asked: UmountAsked) -> BoxFuture<'static, Result<(), Fault>>;
+
+    /// Brings all of an image here; the last line tells the end. Dropped, it begins nothing more.
+    fn pull(&self, asked: PullAsked) -> BoxStream<'static, PullLine>;
 
     /// Waits until all of a mount is here.
     fn wait(&self, asked: WaitAsked) -> BoxFuture<'static, Result<MountStatus, Fault>>;
@@ -136,6 +142,7 @@ fn router(served: Arc<dyn Served>) -> Router {
         .route("/v1/mount", post(mount))
         .route("/v1/umount", post(umount))
         .route("/v1/wait", post(wait))
+        .route("/v1/pull", post(pull))
         .method_not_allowed_fallback(unknown)
         .fallback(unknown)
         .with_state(served)
@@ -162,6 +169,19 @@ async fn umount(State(served): Host, body: Body) -> Response {
 
 async fn wait(State(served): Host, body: Body) -> Response {
     answer(body, |asked| served.wait(asked)).await
+}
+
+async fn pull(State(served): Host, body: Body) -> Response {
+    let asked = match read(body).await {
+        Ok(asked) => asked,
+        Err((status, fault)) => return refuse(status, fault),
+    };
+    let lines = served.pull(asked).map(|line| {
+        let mut bytes = serde_json::to_vec(&line)?;
+        bytes.push(b'\n');
+        Ok::<_, serde_json::Error>(bytes)
+    });
+    ([(CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response()
 }
 
 async fn answer<Q, A>(body: Body, ask: impl FnOnce(Q) -> BoxFuture<'static, Result<A, Fault>>) -> Response

@@ -7,10 +7,14 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use futures::future::BoxFuture;
+use futures::stream::BoxStream;
+use tokio::sync::mpsc;
 
 use super::host::{Host, MountRequest, Mounted};
+use super::pull;
 use crate::control::{
-    DaemonStatus, Fault, Health, HostStatus, MountAsked, MountStatus, Served, UmountAsked, WaitAsked,
+    DaemonStatus, Fault, Health, HostStatus, MountAsked, MountStatus, PullAsked, PullLine, Served, UmountAsked,
+    WaitAsked,
 };
 use crate::fetch::Counters;
 use crate::observe::HOST_METRICS;
@@ -21,6 +25,9 @@ pub type Judge = fn(&anyhow::Error) -> Fault;
 
 /// How often a mount that somebody waits for is looked at.
 const GLANCE: Duration = Duration::from_millis(50);
+
+/// So many lines of a pull wait for whoever reads them.
+const LINES: usize = 4;
 
 /// A host as the control socket sees it.
 #[derive(Debug)]
@@ -112,6 +119,29 @@ impl Served for Api {
             let how = if asked.lazy { Unmount::Lazy } else { Unmount::Strict };
             host.unmount(&asked.mount_point, how)
         }))
+    }
+
+    fn pull(&self, asked: PullAsked) -> BoxStream<'static, PullLine> {
+        let (lines, read) = mpsc::channel(LINES);
+        let (host, judge, telling) = (Arc::clone(&self.host), self.judge, lines.clone());
+        let bringing = async move {
+            let (image, platform) = (asked.image.parse()?, asked.platform.map(|word| word.parse()).transpose()?);
+            // Who does not read fast enough misses some of these.
+            let tell = move |bytes, of| telling.try_send(PullLine::Progress { bytes, of }).unwrap_or_default();
+            pull::bring(host.house(), &image, platform.as_ref(), tell).await
+        };
+        tokio::spawn(async move {
+            let end = tokio::select! {
+                pulled = bringing => match pulled {
+                    Ok(pulled) => PullLine::Done(pulled),
+                    Err(error) => PullLine::Failed(judge(&error)),
+                },
+                // Who asked has gone.
+                () = lines.closed() => return,
+            };
+            lines.send(end).await.ok();
+        });
+        Box::pin(futures::stream::unfold(read, async |mut read| read.recv().await.map(|line| (line, read))))
     }
 
     fn wait(&self, asked: WaitAsked) -> BoxFuture<'static, Result<MountStatus, Fault>> {

@@ -491,6 +491,31 @@ fn mounts_share_a_connection_and_the_files_of_their_layers() {
 }
 
 #[test]
+fn pulls_through_the_daemon_tell_how_they_end() {
+    let stage = Stage::new();
+    let content = noise(11, 5 << 20);
+    let (_, converted) = stage.images(&[tar(&[("a", &content)]), tar(&[("b", b"b")])]);
+    let registry = stage.serve(&converted, &[]);
+    let daemon = Daemon::start(&stage);
+    let output = stage.run(&["--json", "pull", &registry.image()]);
+    let words = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && words.contains("pulled by the daemon"), "{words}");
+    let pulled: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(pulled["layers"].as_array().unwrap().len(), 2);
+    assert!(pulled["bytes_fetched"].as_u64().unwrap() > 5 << 20, "{pulled}");
+    let (code, words) = stage.fails(&["pull", &format!("{}/some/image:missing", registry.address)]);
+    assert_eq!(code, 3, "{words}");
+    let image = registry.image();
+    drop(registry);
+    let mnt = stage.make("mnt");
+    stage.ok(&["mount", &image, mnt.to_str().unwrap()]);
+    assert!(fs::read(mnt.join("a")).unwrap() == content);
+    stage.ok(&["wait", mnt.to_str().unwrap()]);
+    daemon.end();
+    stage.assert_clean();
+}
+
+#[test]
 fn ordinary_images_are_mounted_through_the_daemon() {
     let stage = Stage::new();
     stage.images(&[tar(&[("a", b"lower"), ("b", b"below")]), tar(&[("a", b"upper")])]);

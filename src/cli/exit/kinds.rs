@@ -287,7 +287,9 @@ fn of_serve(error: &ServeError) -> Option<Problem> {
 
 fn of_control(error: &ControlError) -> Option<Problem> {
     match error {
-        ControlError::Gone { .. } | ControlError::NoAnswer { .. } => Some(Problem::Unreachable),
+        ControlError::Gone { .. } | ControlError::NoAnswer { .. } | ControlError::Ended { .. } => {
+            Some(Problem::Unreachable)
+        }
         ControlError::Unreachable { .. } => None,
         ControlError::Nonsense { .. } => Some(Problem::Unsupported),
         ControlError::Refused(fault) => Some(Problem::named(&fault.kind).unwrap_or(Problem::Internal)),

@@ -203,6 +203,15 @@ impl House {
         documents.with_context(|| format!("cannot open {reference} without its registry: {manifest} is not kept"))
     }
 
+    /// Changes the bytes a second that fills may bring.
+    ///
+    /// # Errors
+    /// Threads that cannot be started.
+    pub fn set_fill_bandwidth(&self, rate: Option<u64>) -> anyhow::Result<()> {
+        self.fetcher()?.set_fill_bandwidth(rate);
+        Ok(())
+    }
+
     /// Lets changed logins and hosts count from now on.
     pub fn forget_registries(&self) {
         self.transports.forget_registries();

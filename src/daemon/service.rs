@@ -128,7 +128,7 @@ async fn listen_for_metrics(
 }
 
 /// Applies what can change while the daemon runs, and says what cannot.
-fn reload(host: &Host, above: &Above, now: Settings) -> Settings {
+fn reload(host: &Host, above: &Above, mut now: Settings) -> Settings {
     let fresh = match (above.reload)() {
         Ok(fresh) => fresh,
         Err(error) => {
@@ -139,11 +139,17 @@ fn reload(host: &Host, above: &Above, now: Settings) -> Settings {
     };
     (above.set_log_level)(fresh.log_level);
     host.house().forget_registries();
+    if let Err(error) = host.house().set_fill_bandwidth(fresh.fill.bandwidth) {
+        let error: &dyn std::error::Error = error.as_ref();
+        tracing::error!(error, "the bandwidth of fills stays what it was");
+    }
     for key in fresh.differences(&now) {
         tracing::warn!(key, "a changed setting counts when the daemon is started again");
     }
-    tracing::info!("log level, credentials and hosts are read again");
-    Settings { log_level: fresh.log_level, ..now }
+    tracing::info!("log level, logins, hosts and the bandwidth of fills are read again");
+    now.log_level = fresh.log_level;
+    now.fill.bandwidth = fresh.fill.bandwidth;
+    now
 }
 
 /// Mounts again what a dead daemon of this root had mounted. What cannot be is logged and stays recorded.

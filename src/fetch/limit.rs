@@ -1,5 +1,6 @@
 //! The bandwidth that fills may take: a bucket that fills up with time and lets bytes pass.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -14,15 +15,22 @@ const LONGEST: Duration = Duration::from_secs(3600);
 /// A limit, or none.
 #[derive(Debug)]
 pub(super) struct Limit {
-    /// Bytes a second.
-    rate: Option<u64>,
+    /// Bytes a second; 0 is as many as come.
+    rate: AtomicU64,
     /// When everything that was let pass so far will have passed at this rate.
     until: Mutex<Option<Instant>>,
 }
 
 impl Limit {
-    pub(super) const fn new(rate: Option<u64>) -> Self {
-        Self { rate, until: Mutex::new(None) }
+    pub(super) fn new(rate: Option<u64>) -> Self {
+        let limit = Self { rate: AtomicU64::new(0), until: Mutex::new(None) };
+        limit.set(rate);
+        limit
+    }
+
+    /// Counts for what comes from now on; who waits already waits as long as was said.
+    pub(super) fn set(&self, rate: Option<u64>) {
+        self.rate.store(rate.map_or(0, |rate| rate.max(1)), Ordering::Relaxed);
     }
 
     /// Waits until `bytes` may pass.
@@ -34,7 +42,10 @@ impl Limit {
 
     /// When `bytes` more may pass, if that is not now.
     fn turn(&self, bytes: u64, now: Instant) -> Option<Instant> {
-        let rate = u128::from(self.rate?.max(1));
+        let rate = match self.rate.load(Ordering::Relaxed) {
+            0 => return None,
+            rate => u128::from(rate),
+        };
         let takes = u128::from(bytes) * 1_000_000 / rate;
         let takes = Duration::from_micros(u64::try_from(takes).unwrap_or(u64::MAX)).min(LONGEST);
         let mut until = self.until.lock().unwrap_or_else(PoisonError::into_inner);
@@ -70,6 +81,8 @@ mod tests {
             pass(&limit, &mut now, 100_000);
         }
         assert!(now - start >= Duration::from_millis(1_800));
+        limit.set(None);
+        assert_eq!(limit.turn(u64::MAX, now), None);
         assert_eq!(Limit::new(None).turn(u64::MAX, now), None);
         assert!(Limit::new(Some(1)).turn(u64::MAX, now).is_none(), "what comes first waits for nothing");
     }

@@ -197,6 +197,11 @@ impl Fetcher {
         open::unpacked_layer(&self.shared, layer, file)
     }
 
+    /// Changes the bytes a second that fills may bring; none is as many as come.
+    pub fn set_fill_bandwidth(&self, rate: Option<u64>) {
+        self.shared.fill_limit.set(rate);
+    }
+
     /// The store behind this.
     pub fn store(&self) -> &Arc<Store> {
         &self.shared.store

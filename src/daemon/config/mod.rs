@@ -266,7 +266,11 @@ impl Config {
             ("run", *run != other.run),
             ("registry", *registry != other.registry),
             ("fetch", *fetch != other.fetch),
-            ("fill", *fill != other.fill),
+            (
+                "fill",
+                FillSettings { bandwidth: None, ..fill.clone() }
+                    != FillSettings { bandwidth: None, ..other.fill.clone() },
+            ),
             ("store.sync_interval", *sync_interval != other.sync_interval),
             ("daemon", *daemon != other.daemon),
         ];

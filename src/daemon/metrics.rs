@@ -95,6 +95,11 @@ mod tests {
                 "headstart_ready 1",
             ]
         );
+        let manual = include_str!("../../docs/metrics.md");
+        for line in lines {
+            let name = line.split(' ').next().unwrap();
+            assert!(manual.contains(&format!("| `{name}` |")), "docs/metrics.md lacks {name}");
+        }
         assert!(
             text.contains("# HELP headstart_mounts mounts that are served\n# TYPE headstart_mounts gauge\n"),
             "{text}"

@@ -72,6 +72,7 @@ pub(crate) enum Command {
     Umount(Umount),
     Pull(Pull),
     Wait(Wait),
+    Prune(Prune),
     Inspect(Inspect),
     Check(Check),
     Ls(Ls),
@@ -207,6 +208,19 @@ pub(crate) struct Wait {
     pub(crate) timeout: Option<u64>,
 }
 
+/// Make the cache smaller: remove layers that nobody uses, the least recently used first.
+///
+/// Without --all as many go as the configured quota and reserve of free space ask for. What is mounted stays.
+#[derive(Debug, Args)]
+pub(crate) struct Prune {
+    /// Remove everything that nobody uses
+    #[arg(long)]
+    pub(crate) all: bool,
+    /// Only tell what would go
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+}
+
 /// Show an image's layers: kind, chunks, sizes, ratio, and how much of each is here and verified.
 #[derive(Debug, Args)]
 pub(crate) struct Inspect {
@@ -333,6 +347,7 @@ mod tests {
             "mount --no-fill oci:a /mnt",
             "pull oci:a --platform linux/arm64",
             "wait /mnt --timeout 5",
+            "prune --all --dry-run --json",
             "inspect oci-archive:a.tar",
             "--json check docker-archive:a.tar",
             "ls oci:a",

@@ -234,7 +234,7 @@ mod tests {
     use futures::stream::BoxStream;
 
     use super::super::server::{ControlServer, Served};
-    use super::super::status::{DaemonStatus, LayerState, LayerStatus, MountRecord};
+    use super::super::status::{DaemonStatus, LayerState, LayerStatus, MountRecord, SlowRead};
     use super::*;
     use crate::model::{Algorithm, BlobDigest, DiffId, Digest};
 
@@ -267,6 +267,11 @@ mod tests {
                 present: 1,
                 bytes: 1 << 40,
                 bytes_present: 4096,
+                local_since: Some(5),
+                bytes_demanded: 6,
+                bytes_prefetched: 7,
+                bytes_wasted: 8,
+                slowest_reads: vec![SlowRead { offset: 9, bytes: 10, milliseconds: 11 }],
             }],
             bytes_fetched: 100,
             bytes_demanded: 200,

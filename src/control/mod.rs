@@ -26,7 +26,7 @@ pub use client::{Client, ControlError};
 pub use fault::Fault;
 pub use message::{Done, MountAsked, PullAsked, PullLine, Pulled, PulledLayer, UmountAsked, WaitAsked};
 pub use server::{ControlServer, Served};
-pub use status::{DaemonStatus, Health, HostStatus, LayerState, LayerStatus, MountRecord, MountStatus};
+pub use status::{DaemonStatus, Health, HostStatus, LayerState, LayerStatus, MountRecord, MountStatus, SlowRead};
 
 /// The version of what is said here. Another one has other paths.
 pub const VERSION: u32 = 1;

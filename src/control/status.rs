@@ -38,6 +38,32 @@ pub struct LayerStatus {
     pub bytes: u64,
     /// How much of it is here.
     pub bytes_present: u64,
+    /// When it was found to be local, in seconds since 1970.
+    #[serde(default)]
+    pub local_since: Option<u64>,
+    /// Stored bytes of what readers have reached.
+    #[serde(default)]
+    pub bytes_demanded: u64,
+    /// Stored bytes that were fetched because somebody might read them; background fills are not counted.
+    #[serde(default)]
+    pub bytes_prefetched: u64,
+    /// How many of those nobody has read so far.
+    #[serde(default)]
+    pub bytes_wasted: u64,
+    /// The reads that waited longest, the longest first.
+    #[serde(default)]
+    pub slowest_reads: Vec<SlowRead>,
+}
+
+/// A read that had to wait for bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SlowRead {
+    /// Where in the layer's image.
+    pub offset: u64,
+    /// How many bytes.
+    pub bytes: u64,
+    /// How long.
+    pub milliseconds: u64,
 }
 
 /// What is known of a mount even when its process is gone: its record on disk.

@@ -116,7 +116,8 @@ impl House {
     /// # Errors
     /// A root that cannot be used.
     pub fn open(settings: &Settings, runtime: Handle) -> anyhow::Result<Self> {
-        let store = StoreConfig { sync_interval: settings.sync_interval, ..StoreConfig::default() };
+        let store =
+            StoreConfig { sync_interval: settings.sync_interval, reserve: settings.reserve, ..StoreConfig::default() };
         let store = Store::open_with(&settings.root, store)?;
         let said = &settings.fetch;
         let connections = usize::try_from(said.connections).unwrap_or(usize::MAX);

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use super::waiter::Done;
 use super::{Cause, FetchError, LayerImage};
 use crate::model::ByteRange;
+use crate::store::StoreError;
 
 /// Chunks that are wished for at a time. A flight takes some of them, so all connections find work in it.
 const BATCH: u32 = 128;
@@ -50,6 +51,14 @@ impl LayerImage {
 impl Fill {
     fn next_batch(self: &Arc<Self>, layer: &Arc<LayerImage>) {
         let Some(range) = self.take_batch(layer) else { return };
+        if layer.shared.store.is_below_reserve() {
+            let (blob, path) = (*layer.blob(), layer.shared.store.root().to_owned());
+            let source = std::io::Error::from(std::io::ErrorKind::StorageFull);
+            let source = StoreError::Full { attempted: "leave the reserve of free space to", path, source };
+            let error = Arc::new(FetchError::Store { blob, source });
+            self.progress.lock().unwrap_or_else(PoisonError::into_inner).failure.get_or_insert(error);
+            return;
+        }
         let fill = Arc::clone(self);
         layer.request(range, Cause::Fill, move |result| {
             if let Err(error) = result {

@@ -39,6 +39,11 @@ impl Landing {
 
     /// Hands the chunk to the CPU pool.
     pub(super) fn queue(self, cause: Cause) {
+        if matches!(cause, Cause::ReadAhead | Cause::Replay)
+            && let Some(chunked) = self.layer.chunked()
+        {
+            chunked.guessed(self.key.chunk);
+        }
         let shared = Arc::clone(&self.layer.shared);
         shared.cpu.run(Urgency::Chunk(cause), move || self.land());
     }

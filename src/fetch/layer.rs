@@ -5,6 +5,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Instant;
 
 use tokio::sync::watch;
 
@@ -13,6 +14,7 @@ use super::origins::Origins;
 use super::queue::{Key, LayerId};
 use super::readahead::{Around, Reach, ReadAhead};
 use super::shared::Shared;
+use super::slowest::{SlowRead, Slowest};
 use super::standing::Standing;
 use super::verify::Hashing;
 use super::waiter::Waiter;
@@ -53,6 +55,9 @@ pub(super) struct Chunked {
     pub(super) file: Arc<BlobFile>,
     /// A bit for each chunk that a reader has reached.
     touched: Box<[AtomicU64]>,
+    /// A bit for each chunk that came because somebody might read it, before anybody did.
+    guessed: Box<[AtomicU64]>,
+    slowest: Slowest,
     ahead: Mutex<ReadAhead>,
     around: Option<Mutex<Around>>,
     /// Every chunk below this one is present.
@@ -110,6 +115,12 @@ pub struct LayerStatus {
     pub bytes_present: u64,
     /// What the whole was found to hash to, if that is not what the image says.
     pub contradiction: Option<DiffId>,
+    /// Stored bytes that came because somebody might read them, background fills not counted.
+    pub prefetched: u64,
+    /// How many of those nobody has read so far.
+    pub wasted: u64,
+    /// The reads that waited longest, the longest first.
+    pub slowest: Vec<SlowRead>,
     /// What it has cost.
     pub counters: Counters,
 }
@@ -128,6 +139,8 @@ impl Chunked {
             tail,
             file,
             touched: (0..words).map(|_| AtomicU64::new(0)).collect(),
+            guessed: (0..words).map(|_| AtomicU64::new(0)).collect(),
+            slowest: Slowest::default(),
             ahead: Mutex::new(ReadAhead::new(read_ahead)),
             around: (read_ahead > 0).then(Mutex::default),
             complete_below: AtomicU32::new(0),
@@ -151,6 +164,26 @@ impl Chunked {
         })
     }
 
+    /// Takes note that `chunk` came because of a guess.
+    pub(super) fn guessed(&self, chunk: u32) {
+        if !has_bit(&self.touched, chunk)
+            && let Some(word) = usize::try_from(chunk / 64).ok().and_then(|word| self.guessed.get(word))
+        {
+            word.fetch_or(1 << (chunk % 64), Ordering::Relaxed);
+        }
+    }
+
+    /// Stored bytes that came because of guesses, and how many of them nobody has read.
+    fn guesses(&self) -> (u64, u64) {
+        let (mut all, mut wasted) = (0, 0);
+        for chunk in (0..self.index.len()).filter(|chunk| has_bit(&self.guessed, *chunk)) {
+            let len = self.index.chunk(chunk).map_or(0, |chunk| chunk.blob.len());
+            all += len;
+            wasted += if has_bit(&self.touched, chunk) { 0 } else { len };
+        }
+        (all, wasted)
+    }
+
     /// True if every chunk is present. Costs nothing for the chunks that were found present before.
     pub(super) fn is_complete(&self) -> bool {
         let mut below = self.complete_below.load(Ordering::Relaxed);
@@ -168,6 +201,11 @@ impl Chunked {
     fn bytes_present(&self) -> u64 {
         (0..self.index.len()).filter(|chunk| self.file.is_present(*chunk)).map(|chunk| self.chunk_size(chunk)).sum()
     }
+}
+
+fn has_bit(bits: &[AtomicU64], chunk: u32) -> bool {
+    let word = usize::try_from(chunk / 64).ok().and_then(|word| bits.get(word));
+    word.is_some_and(|word| word.load(Ordering::Relaxed) & (1 << (chunk % 64)) != 0)
 }
 
 impl LayerImage {
@@ -246,6 +284,15 @@ impl LayerImage {
             return done(Ok(()));
         }
         let deadline = cause.is_demand().then_some(self.shared.config.deadline);
+        let (begin, me) = (Instant::now(), cause.is_demand().then(|| Weak::clone(&self.me)));
+        let done = move |result| {
+            if let Some(layer) = me.and_then(|me| me.upgrade())
+                && let Some(chunked) = layer.chunked()
+            {
+                chunked.slowest.note(SlowRead { range, waited: begin.elapsed() });
+            }
+            done(result);
+        };
         // One more than there are chunks: the wishes count as a chunk until all of them are made.
         let waiter = Waiter::new(self.spec.blob, range, missing.len() + 1, deadline, done);
         let mut here = 1;
@@ -347,6 +394,7 @@ impl LayerImage {
                 chunked.file.verdict(),
             ),
         };
+        let (prefetched, wasted) = self.chunked().map_or((0, 0), Chunked::guesses);
         let contradiction = match verdict {
             Verdict::Verified(found) | Verdict::Quarantined(found) | Verdict::Contradicted(found) => {
                 (found != self.spec.diff_id).then_some(found)
@@ -364,6 +412,9 @@ impl LayerImage {
             bytes,
             bytes_present,
             contradiction,
+            prefetched,
+            wasted,
+            slowest: self.chunked().map(|chunked| chunked.slowest.list()).unwrap_or_default(),
             counters: self.counters(),
         }
     }

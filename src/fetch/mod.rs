@@ -30,6 +30,7 @@ mod origins;
 mod queue;
 mod readahead;
 mod shared;
+mod slowest;
 mod spare;
 mod standing;
 mod table;
@@ -47,6 +48,7 @@ pub use cause::Cause;
 pub use counters::Counters;
 pub use error::FetchError;
 pub use layer::{LayerImage, LayerState, LayerStatus};
+pub use slowest::SlowRead;
 pub use standing::{LocalLayer, Standing};
 
 use crate::chunked::Compression;

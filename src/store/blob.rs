@@ -42,7 +42,7 @@ pub struct BlobFile {
     unsynced: AtomicU64,
     syncer: Arc<Syncer>,
     /// Held shared while this exists, so that nobody removes the image.
-    _used: FileLock,
+    used: FileLock,
 }
 
 /// What was found at the place of an image.
@@ -83,6 +83,7 @@ impl BlobFile {
         let Some(used) = lock_for_use(dir)? else {
             return Ok(if dir.exists() { Opened::Damaged("it has no lock file".to_owned()) } else { Opened::Absent });
         };
+        note_use(&used, dir);
         let path = dir.join(META);
         let Some(meta) = files::read_bounded(&path, META_LIMIT)? else {
             return Ok(Opened::Damaged("meta.json is missing".to_owned()));
@@ -116,7 +117,7 @@ impl BlobFile {
             verdict: Mutex::new(meta.verdict),
             unsynced: AtomicU64::new(0),
             syncer: Arc::clone(syncer),
-            _used: used,
+            used,
         };
         if matches!(meta.verdict, Verdict::Verified(_)) && !file.is_complete() {
             file.verdict = Mutex::new(Verdict::Unverified);
@@ -315,6 +316,14 @@ impl Drop for BlobFile {
         {
             super::sync::complain(&self.dir, &error);
         }
+        note_use(&self.used, &self.dir);
+    }
+}
+
+/// Takes note that the image is used now: what is used least recently goes first when room is needed.
+fn note_use(used: &FileLock, dir: &Path) {
+    if let Err(error) = used.touch() {
+        tracing::debug!(path = %dir.display(), %error, "when an image was used is not noted");
     }
 }
 

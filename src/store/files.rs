@@ -81,10 +81,18 @@ pub(super) fn touch(path: &Path) -> Result<(), StoreError> {
 
 /// Moves the finished directory `made` to `place`. False if something is there already, which then stays.
 pub(super) fn publish(made: &Path, place: &Path) -> Result<bool, StoreError> {
-    if let Some(above) = place.parent() {
-        make_dirs(above)?;
-    }
-    match fs::rename(made, place) {
+    let mut tries = 0;
+    let renamed = loop {
+        if let Some(above) = place.parent() {
+            make_dirs(above)?;
+        }
+        match fs::rename(made, place) {
+            // Somebody removed the directory above because it was empty.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && tries < 8 => tries += 1,
+            renamed => break renamed,
+        }
+    };
+    match renamed {
         Ok(()) => Ok(true),
         Err(error) if matches!(error.kind(), io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::AlreadyExists) => {
             Ok(false)

@@ -30,6 +30,7 @@ mod blob;
 mod disk;
 mod documents;
 mod error;
+mod evict;
 mod files;
 mod meta;
 pub mod records;
@@ -45,6 +46,7 @@ pub use bits::BootId;
 pub use blob::BlobFile;
 pub use documents::Reference;
 pub use error::StoreError;
+pub use evict::{CacheEntry, CacheGoal, Evicted};
 pub use meta::{Anchor, BlobSpec, NoAnchor, Verdict};
 pub use whole::WholeWriter;
 
@@ -55,9 +57,11 @@ use sync::Syncer;
 /// The only version of the layout.
 const FORMAT: &str = "headstart store 1\n";
 
-/// Things in `tmp/` that nobody holds a lock on and that are older than this are left-overs of dead processes. A living
-/// one takes its lock within milliseconds.
+/// Things in `tmp/` that are older than this are left-overs of dead processes, unless somebody holds their lock.
 const LEFT_OVER_AGE: Duration = Duration::from_secs(3600);
+
+/// The same for things that have a lock which nobody holds: a living process takes it within milliseconds.
+const UNLOCKED_AGE: Duration = Duration::from_secs(60);
 
 /// How a store behaves.
 #[derive(Debug, Clone, Copy)]
@@ -66,13 +70,15 @@ pub struct StoreConfig {
     pub sync_interval: Duration,
     /// Bytes written to one image that trigger a sync before that time. A disk of 200 MB/s has at most a second of them.
     pub sync_bytes: u64,
+    /// Bytes of the disk that are kept free: what nobody waits for is not written when fewer are.
+    pub reserve: u64,
     /// Which boot this is; none asks the kernel.
     pub boot: Option<BootId>,
 }
 
 impl Default for StoreConfig {
     fn default() -> Self {
-        Self { sync_interval: Duration::from_secs(5), sync_bytes: 256 << 20, boot: None }
+        Self { sync_interval: Duration::from_secs(5), sync_bytes: 256 << 20, reserve: 0, boot: None }
     }
 }
 
@@ -81,6 +87,7 @@ impl Default for StoreConfig {
 pub struct Store {
     root: PathBuf,
     boot: BootId,
+    reserve: u64,
     syncer: Arc<Syncer>,
 }
 
@@ -108,7 +115,7 @@ impl Store {
         }
         check_format(root)?;
         let syncer = Syncer::start(config.sync_interval, config.sync_bytes)?;
-        let store = Self { root: root.to_owned(), boot, syncer };
+        let store = Self { root: root.to_owned(), boot, reserve: config.reserve, syncer };
         store.clear_left_overs();
         Ok(store)
     }
@@ -265,11 +272,14 @@ impl Store {
         let Ok(entries) = std::fs::read_dir(self.tmp()) else { return };
         for entry in entries.flatten() {
             let path = entry.path();
-            let old = entry
-                .metadata()
-                .and_then(|metadata| metadata.modified())
-                .is_ok_and(|time| SystemTime::now().duration_since(time).is_ok_and(|age| age > LEFT_OVER_AGE));
-            if !old || matches!(FileLock::try_acquire(&path.join(blob::LOCK), LockMode::Exclusive), Ok(None)) {
+            let age = entry.metadata().and_then(|metadata| metadata.modified()).ok();
+            let age = age.and_then(|time| SystemTime::now().duration_since(time).ok()).unwrap_or_default();
+            let old_enough = match FileLock::try_acquire(&path.join(blob::LOCK), LockMode::Exclusive) {
+                Ok(None) => continue,
+                Ok(Some(_)) => age > UNLOCKED_AGE,
+                Err(_) => age > LEFT_OVER_AGE,
+            };
+            if !old_enough {
                 continue;
             }
             let removed = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };

@@ -33,7 +33,12 @@ fn store_at(root: &TempDir, boot: u8) -> Store {
     let sync_interval = Duration::from_secs(3600);
     Store::open_with(
         root.path(),
-        StoreConfig { sync_interval, sync_bytes: u64::MAX, boot: Some(BootId::invented(boot)) },
+        StoreConfig {
+            sync_interval,
+            sync_bytes: u64::MAX,
+            boot: Some(BootId::invented(boot)),
+            ..StoreConfig::default()
+        },
     )
     .unwrap()
 }
@@ -132,6 +137,7 @@ fn many_bytes_are_synced_before_their_time() {
         sync_interval: Duration::from_secs(3600),
         sync_bytes: 2 * CHUNK as u64,
         boot: Some(BootId::invented(1)),
+        ..StoreConfig::default()
     };
     let store = Store::open_with(root.path(), config).unwrap();
     let file = store.blob(&spec(), b"index").unwrap();
@@ -568,4 +574,80 @@ proptest! {
         // Not through the real disk below.
         file.sync().unwrap();
     }
+}
+
+/// An image of its own, with some chunks.
+fn other(number: u8) -> BlobSpec {
+    BlobSpec { blob: BlobDigest(digest(&[number])), ..spec() }
+}
+
+#[test]
+fn what_nobody_uses_goes_and_what_somebody_uses_stays() {
+    let root = TempDir::new().unwrap();
+    let store = store_at(&root, 1);
+    let files: Vec<_> = (0..4).map(|number| store.blob(&other(number), b"index").unwrap()).collect();
+    let blobs = |evicted: &Evicted| evicted.images.iter().map(|image| image.blob.clone()).collect::<Vec<_>>();
+    let name = |number: u8| other(number).blob.to_string();
+    let all = CacheGoal { all: true, ..CacheGoal::default() };
+    assert_eq!(store.cache().unwrap().iter().filter(|entry| entry.in_use).count(), 4);
+    assert_eq!(store.evict(&all, false).unwrap().images, []);
+
+    // The kernel shows the third one.
+    let path = files[2].image_path();
+    let backing = fs::File::open(&path).unwrap();
+    let device = crate::sys::loopdev::LoopDevice::attach(&backing, &path, "test").unwrap();
+    let mut files = files.into_iter();
+    let first = files.next().unwrap();
+    drop(files);
+    let would = store.evict(&all, true).unwrap();
+    assert_eq!(would.images.len(), 2);
+    assert_eq!(store.cache().unwrap().len(), 4, "a dry run removes nothing");
+    let evicted = store.evict(&all, false).unwrap();
+    assert_eq!(blobs(&evicted), blobs(&would));
+    assert!(evicted.bytes > 0 && evicted.left > 0);
+    assert!(first.image_path().exists());
+    assert!(path.exists());
+    device.detach().unwrap();
+    drop((device, first));
+    let deadline = std::time::Instant::now() + Duration::from_secs(30);
+    while store.evict(&all, false).unwrap().left > 0 {
+        assert!(std::time::Instant::now() < deadline, "the device never goes");
+    }
+    assert_eq!(store.cache().unwrap(), []);
+    assert_eq!(fs::read_dir(root.path().join("blobs/sha256")).unwrap().count(), 0);
+
+    // Used in this order: 6, 5, 7.
+    for number in [5, 6, 7, 5, 7] {
+        drop(store.blob(&other(number), b"index").unwrap());
+    }
+    let bytes = store.cache().unwrap()[0].bytes;
+    let quota = CacheGoal { quota: Some(bytes * 2), ..CacheGoal::default() };
+    assert_eq!(blobs(&store.evict(&quota, false).unwrap()), [name(6)]);
+    let quota = CacheGoal { quota: Some(bytes), ..CacheGoal::default() };
+    assert_eq!(blobs(&store.evict(&quota, false).unwrap()), [name(5)]);
+    let reserve = CacheGoal { reserve: u64::MAX, ..CacheGoal::default() };
+    assert_eq!(blobs(&store.evict(&reserve, false).unwrap()), [name(7)]);
+}
+
+#[test]
+fn left_overs_of_the_dead_go_soon_and_those_of_the_living_stay() {
+    let root = TempDir::new().unwrap();
+    let store = store_at(&root, 1);
+    let blob = BlobDigest(digest(b"whole"));
+    let living = store.write_whole(&blob).unwrap();
+    let in_tmp =
+        || fs::read_dir(root.path().join("tmp")).unwrap().map(|entry| entry.unwrap().path()).collect::<Vec<_>>();
+    let [alive] = &in_tmp()[..] else { panic!("one thing is in the making") };
+    let dead = root.path().join("tmp/dead");
+    fs::create_dir(&dead).unwrap();
+    files::touch(&dead.join(blob::LOCK)).unwrap();
+    let ago = |seconds| SystemTime::now() - Duration::from_secs(seconds);
+    let age = |path: &Path, seconds| fs::File::open(path).unwrap().set_modified(ago(seconds)).unwrap();
+    age(alive, 7200);
+    drop(store_at(&root, 1));
+    assert_eq!(in_tmp().len(), 2, "it may just be about to take its lock");
+    age(&dead, 61);
+    drop(store_at(&root, 1));
+    assert_eq!(in_tmp(), [alive.clone()]);
+    drop(living);
 }

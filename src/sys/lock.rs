@@ -57,6 +57,14 @@ impl FileLock {
         }
     }
 
+    /// Sets the modification time of the locked file to now.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn touch(&self) -> io::Result<()> {
+        self.file.set_modified(std::time::SystemTime::now())
+    }
+
     /// True if `path` still names the file that is locked. A lock on a file that was removed or replaced while its
     /// taker waited protects nothing.
     ///

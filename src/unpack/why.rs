@@ -80,6 +80,9 @@ mod tests {
             bytes: 80 << 20,
             bytes_present: (12 << 20) - 5,
             contradiction: None,
+            prefetched: 0,
+            wasted: 0,
+            slowest: Vec::new(),
             counters: Counters::default(),
         };
         let filling = LayerStatus { state: LayerState::Filling, ..lazy.clone() };

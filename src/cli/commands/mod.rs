@@ -6,6 +6,7 @@ pub(crate) mod files;
 pub(crate) mod look;
 pub(crate) mod manual;
 pub(crate) mod mount;
+pub(crate) mod prune;
 pub(crate) mod pull;
 pub(crate) mod serve;
 pub(crate) mod snapshots;

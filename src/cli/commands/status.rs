@@ -148,6 +148,19 @@ fn table(daemon: Option<&DaemonStatus>, mounts: &[Seen]) -> String {
             if let Some(why) = &layer.why {
                 lines.push(format!("      {why}"));
             }
+            if layer.bytes_demanded + layer.bytes_prefetched > 0 {
+                lines.push(format!(
+                    "      {} demanded, {} prefetched of which {} wasted",
+                    HumanBytes(layer.bytes_demanded),
+                    HumanBytes(layer.bytes_prefetched),
+                    HumanBytes(layer.bytes_wasted)
+                ));
+            }
+            let slow: Vec<String> =
+                layer.slowest_reads.iter().map(|read| format!("{} ms", read.milliseconds)).collect();
+            if !slow.is_empty() {
+                lines.push(format!("      slowest reads: {}", slow.join(", ")));
+            }
         }
     }
     lines.join("\n")

@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use crate::store::CacheGoal;
 use said::{Said, nearest_key, unknown_key};
 use values::{Size, Span};
 
@@ -238,6 +239,10 @@ pub struct Config {
     pub fill: FillSettings,
     /// Longest time a fetched chunk stays unsynced: what a power cut may cost.
     pub sync_interval: Duration,
+    /// Bytes that layer images may take; none is no limit.
+    pub quota: Option<u64>,
+    /// Bytes of the disk that are kept free.
+    pub reserve: u64,
     /// How the daemon behaves.
     pub daemon: DaemonSettings,
 }
@@ -260,7 +265,7 @@ impl Config {
 
     /// The settings in which this differs from `other`, and which a daemon takes in only when it starts.
     pub fn differences(&self, other: &Self) -> Vec<&'static str> {
-        let Self { root, run, log_level: _, registry, fetch, fill, sync_interval, daemon } = self;
+        let Self { root, run, log_level: _, registry, fetch, fill, sync_interval, quota, reserve, daemon } = self;
         let differ = [
             ("root", *root != other.root),
             ("run", *run != other.run),
@@ -272,9 +277,16 @@ impl Config {
                     != FillSettings { bandwidth: None, ..other.fill.clone() },
             ),
             ("store.sync_interval", *sync_interval != other.sync_interval),
+            ("store.quota", *quota != other.quota),
+            ("store.reserve", *reserve != other.reserve),
             ("daemon", *daemon != other.daemon),
         ];
         differ.into_iter().filter_map(|(key, differs)| differs.then_some(key)).collect()
+    }
+
+    /// What the cache is kept to.
+    pub const fn cache_goal(&self) -> CacheGoal {
+        CacheGoal { quota: self.quota, reserve: self.reserve, all: false }
     }
 
     fn parse(text: &str, path: &Path, surroundings: &Surroundings) -> Result<Self, ConfigError> {
@@ -328,6 +340,8 @@ impl Config {
                 connections: fill.connections.unwrap_or(6),
             },
             sync_interval: span(store.sync_interval, Duration::from_secs(5)),
+            quota: store.quota.map(|Size(bytes)| bytes).filter(|bytes| *bytes > 0),
+            reserve: store.reserve.map_or(256 << 20, |Size(bytes)| bytes),
             daemon: DaemonSettings { metrics_listen, stop_timeout: span(daemon.stop_timeout, Duration::from_secs(10)) },
         };
         let wrong = |key, why| Err(wrong(key, why));
@@ -386,7 +400,8 @@ mod tests {
             "root = '/r'\nrun = '/n'\nlog_level = 'debug'\n[registry]\ndocker_config = '/d'\ncerts_d = []\nconnect_timeout = '1s'\n\
              response_timeout = '2s'\nidle_timeout = '3s'\ndeadline = '4m'\nrounds = 6\n[fetch]\nmemory = '7MiB'\n\
              connections = 8\ndeadline = '9ms'\nread_ahead = '10kB'\n[fill]\n\
-             enabled = false\nstart_delay = '13s'\nbandwidth = '14MB'\nconnections = 15\n[store]\nsync_interval = '11h'\n[daemon]\n\
+             enabled = false\nstart_delay = '13s'\nbandwidth = '14MB'\nconnections = 15\n[store]\nsync_interval = '11h'\nquota = '16GiB'\n\
+             reserve = '17kB'\n[daemon]\n\
              metrics_listen = '127.0.0.1:9'\nstop_timeout = '12s'\n",
         )
         .unwrap();
@@ -416,6 +431,8 @@ mod tests {
                 connections: 15,
             },
             sync_interval: Duration::from_secs(11 * 3600),
+            quota: Some(16 << 30),
+            reserve: 17_000,
             daemon: DaemonSettings {
                 metrics_listen: Some("127.0.0.1:9".parse().unwrap()),
                 stop_timeout: Duration::from_secs(12),

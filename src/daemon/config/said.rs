@@ -16,7 +16,7 @@ pub(super) const KEYS: &[(&str, &[&str])] = &[
     ),
     ("fetch", &["memory", "connections", "deadline", "read_ahead"]),
     ("fill", &["enabled", "start_delay", "bandwidth", "connections"]),
-    ("store", &["sync_interval"]),
+    ("store", &["sync_interval", "quota", "reserve"]),
     ("daemon", &["metrics_listen", "stop_timeout"]),
 ];
 
@@ -68,6 +68,8 @@ pub(super) struct SaidFill {
 #[derive(Debug, Default, Deserialize)]
 pub(super) struct SaidStore {
     pub(super) sync_interval: Option<Span>,
+    pub(super) quota: Option<Size>,
+    pub(super) reserve: Option<Size>,
 }
 
 #[derive(Debug, Default, Deserialize)]

@@ -14,7 +14,7 @@ mod shown;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
@@ -37,6 +37,9 @@ use lookout::Watch;
 pub use grove::{Grove, OtherBlob, Planted, Shoot};
 pub use mounted::{Mounted, NeverLocal, layer_state};
 pub use shown::{Driver, Shown};
+
+/// How often the size of the cache is looked at. A link of 1 Gbit/s brings some 7 GB meanwhile; the reserve does not wait.
+const LOOK_AT_CACHE: Duration = Duration::from_secs(60);
 
 /// What to mount where.
 #[derive(Debug, Clone)]
@@ -106,7 +109,7 @@ impl Host {
             }
             Some(place) => Ok(Grove::plant(&place.file_system(), settings.fetch.deadline)?),
         };
-        Ok(Arc::new(Self {
+        let host = Arc::new(Self {
             settings: settings.clone(),
             house,
             records: Mounts::open(&settings.root)?,
@@ -117,7 +120,9 @@ impl Host {
             since: Instant::now(),
             table: Mutex::default(),
             count: watch::Sender::new(0),
-        }))
+        });
+        host.runtime.spawn(keep_in_bounds(Arc::downgrade(&host)));
+        Ok(host)
     }
 
     /// The rooms below.
@@ -391,6 +396,23 @@ impl Host {
         if served {
             tracing::warn!("files are still open: whoever reads them gets errors from now on");
         }
+    }
+}
+
+/// Keeps the cache within its quota and the disk above its reserve, as long as the host is there.
+async fn keep_in_bounds(host: Weak<Host>) {
+    loop {
+        let Some(host) = host.upgrade() else { return };
+        let (store, goal) = (Arc::clone(&host.house.store), host.settings.cache_goal());
+        drop(host);
+        let evicting = tokio::task::spawn_blocking(move || {
+            if let Err(error) = store.evict(&goal, false) {
+                let error: &dyn std::error::Error = &error;
+                tracing::warn!(error, "the cache is not kept within its bounds");
+            }
+        });
+        evicting.await.ok();
+        tokio::time::sleep(LOOK_AT_CACHE).await;
     }
 }
 

@@ -2,12 +2,13 @@
 
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
+use std::time::UNIX_EPOCH;
 
 use super::shown::Shown;
-use crate::control::{LayerState, LayerStatus, MountRecord, MountStatus};
+use crate::control::{LayerState, LayerStatus, MountRecord, MountStatus, SlowRead};
 use crate::daemon::image::OpenImage;
 use crate::daemon::mounts::Claim;
-use crate::fetch;
+use crate::fetch::{self, Standing};
 use crate::sys::mount::{MountError, Unmount};
 use crate::unpack::{Fill, Phase, UnpackError, why};
 
@@ -121,6 +122,22 @@ fn told(layer: &fetch::LayerStatus, phase: Option<&Phase>) -> LayerStatus {
         present: layer.present.into(),
         bytes: layer.bytes,
         bytes_present: layer.bytes_present,
+        local_since: match layer.standing {
+            Standing::Local { since } => since.duration_since(UNIX_EPOCH).ok().map(|since| since.as_secs()),
+            _ => None,
+        },
+        bytes_demanded: layer.counters.needed,
+        bytes_prefetched: layer.prefetched,
+        bytes_wasted: layer.wasted,
+        slowest_reads: layer.slowest.iter().map(slow_read).collect(),
+    }
+}
+
+fn slow_read(read: &fetch::SlowRead) -> SlowRead {
+    SlowRead {
+        offset: read.range.start(),
+        bytes: read.range.len(),
+        milliseconds: u64::try_from(read.waited.as_millis()).unwrap_or(u64::MAX),
     }
 }
 

@@ -1,6 +1,7 @@
 //! `pull`, `wait` and what mounts bring in the background.
 
 use std::fs;
+use std::time::Duration;
 
 use headstart::tar::decompress::Compression;
 use headstart::testkit::layers::{Options, stacks};
@@ -176,4 +177,92 @@ fn a_tar_that_is_not_what_its_image_says_is_not_kept() {
     }
     fs::write(&blob, &whole).unwrap();
     stage.ok(&["pull", &reference(&source)]);
+}
+
+#[test]
+fn what_is_pruned_comes_again() {
+    let stage = Stage::new();
+    let content = noise(8, 3 << 20);
+    let (_, converted) = stage.images(&[tar(&[("a", &content)])]);
+    let image = reference(&converted);
+    stage.ok(&["pull", &image]);
+    let mnt = stage.make("mnt");
+    stage.ok(&["mount", &image, mnt.to_str().unwrap()]);
+    assert_eq!(stage.json(&["prune", "--all"])["images"].as_array().unwrap().len(), 0, "it is mounted");
+    assert!(fs::read(mnt.join("a")).unwrap() == content);
+    stage.ok(&["umount", mnt.to_str().unwrap()]);
+    assert!(stage.ok(&["prune"]).starts_with("0 images removed"), "there is no quota");
+    let would = stage.json(&["prune", "--all", "--dry-run"]);
+    let pruned = stage.json(&["prune", "--all"]);
+    assert_eq!(
+        (&would["images"], &would["dry_run"], &pruned["dry_run"]),
+        (&pruned["images"], &true.into(), &false.into())
+    );
+    assert!(pruned["bytes"].as_u64().unwrap() > 3 << 20 && pruned["left"] == 0, "{pruned}");
+    assert!(stage.json(&["pull", &image])["bytes_fetched"].as_u64().unwrap() > 3 << 20);
+    stage.assert_clean();
+}
+
+/// How often a pull is killed: the 200 with `HEADSTART_KILLS=200`.
+const KILLS: u32 = 24;
+
+#[test]
+fn a_pull_that_is_killed_is_continued() {
+    let kills = std::env::var("HEADSTART_KILLS").ok().and_then(|kills| kills.parse().ok()).unwrap_or(KILLS);
+    let stage = Stage::new();
+    let (one, two) = (noise(9, 6 << 20), noise(10, 2 << 20));
+    let (_, converted) = stage.images(&[tar(&[("a", &one)]), tar(&[("b", &two)])]);
+    let (lazy, plain) = (stage.serve(&converted, &["--bandwidth", "60MB"]), stage.serve(&stage.path("source"), &[]));
+    // How long a pull takes tells where its points are.
+    let begin = std::time::Instant::now();
+    stage.ok(&["pull", &lazy.image()]);
+    let whole = begin.elapsed();
+    stage.ok(&["prune", "--all"]);
+    let mut verified: Vec<std::path::PathBuf> = Vec::new();
+    let mut seed = 0x2545_f491_4f6c_dd1d_u64;
+    for kill in 0..kills {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let image = if kill % 3 == 2 { plain.image() } else { lazy.image() };
+        let mut pull = stage.program().args(["pull", &image]).stdout(std::process::Stdio::null()).spawn().unwrap();
+        std::thread::sleep(whole.mul_f64(f64::from(u32::try_from(seed >> 40).unwrap()) / f64::from(1 << 24)));
+        pull.kill().unwrap();
+        pull.wait().unwrap();
+        // What was local once stays local, and is what it should be.
+        let now = verified_images(&stage.root());
+        assert!(verified.iter().all(|image| now.contains(image)), "{verified:?} became {now:?}");
+        verified = now;
+        if kill % 8 == 7 {
+            let mnt = stage.make(&format!("mnt-{kill}"));
+            for image in [lazy.image(), plain.image()] {
+                stage.ok(&["mount", &image, mnt.to_str().unwrap()]);
+                assert!(fs::read(mnt.join("b")).unwrap() == two && fs::read(mnt.join("a")).unwrap() == one);
+                stage.ok(&["umount", mnt.to_str().unwrap()]);
+            }
+            stage.ok(&["prune", "--all"]);
+            verified.clear();
+        }
+    }
+    for image in [lazy.image(), plain.image()] {
+        stage.ok(&["pull", &image]);
+    }
+    // An hour later nothing is left of the dead.
+    for entry in fs::read_dir(stage.root().join("tmp")).unwrap() {
+        let old = std::time::SystemTime::now() - Duration::from_secs(7200);
+        fs::File::open(entry.unwrap().path()).unwrap().set_modified(old).unwrap();
+    }
+    stage.ok(&["prune"]);
+    stage.assert_clean();
+}
+
+/// The images whose record says that all of them was verified.
+fn verified_images(root: &std::path::Path) -> Vec<std::path::PathBuf> {
+    let mut found = Vec::new();
+    let Ok(blobs) = fs::read_dir(root.join("blobs/sha256")) else { return found };
+    for image in blobs.flat_map(|blob| fs::read_dir(blob.unwrap().path()).unwrap()) {
+        let image = image.unwrap().path();
+        if fs::read_to_string(image.join("meta.json")).unwrap().contains("\"verified\"") {
+            found.push(image);
+        }
+    }
+    found
 }

@@ -37,6 +37,14 @@ fn jobs() -> usize {
     std::thread::available_parallelism().map_or(2, std::num::NonZero::get).clamp(2, 8)
 }
 
+/// How often a blob is read before its layer fails. The source itself tries again what breaks before its first byte.
+const ATTEMPTS: u32 = 3;
+
+fn complain(error: &UnpackError) {
+    let error: &dyn std::error::Error = error;
+    tracing::warn!(error, "a tar layer did not come as it should, fetching it once more");
+}
+
 /// How much of each layer's blob has been read.
 #[derive(Debug)]
 pub struct Progress {
@@ -176,16 +184,35 @@ impl Work {
             work.shop.progress.set(work.number, work.descriptor.size);
             return Ok((work.number, layer));
         }
-        let reader = work.shop.source.reader(&work.shop.runtime, &work.descriptor).await;
-        let reader = reader.map_err(|source| UnpackError::Source { blob, source: Arc::new(source) })?;
-        // The thread holds the permit: it works until it has noticed that it should not.
-        let (work, layer) = work
-            .blocking(move |work| {
-                let _permit = permit;
-                work.unpack(reader)
-            })
-            .await?;
-        Ok((work.number, layer?))
+        let (mut work, permit) = (work, Arc::new(permit));
+        let mut attempt = 1;
+        loop {
+            let error = match work.shop.source.reader(&work.shop.runtime, &work.descriptor).await {
+                Err(source) => UnpackError::Source { blob, source: Arc::new(source) },
+                Ok(reader) => {
+                    // The thread holds the permit as well: it works until it has noticed that it should not.
+                    let permit = Arc::clone(&permit);
+                    let (back, unpacked) = work
+                        .blocking(move |work| {
+                            let _permit = permit;
+                            work.unpack(reader)
+                        })
+                        .await?;
+                    work = back;
+                    match unpacked {
+                        Ok(layer) => return Ok((work.number, layer)),
+                        Err(error) => error,
+                    }
+                }
+            };
+            // A connection that broke, or bytes that were wrong: the whole stream is asked for once more.
+            let again = matches!(error, UnpackError::Source { .. } | UnpackError::Read { .. });
+            if !again || attempt == ATTEMPTS {
+                return Err(error);
+            }
+            complain(&error);
+            attempt += 1;
+        }
     }
 
     async fn blocking<T: Send + 'static>(

@@ -127,7 +127,10 @@ fn text(shown: &Shown) -> String {
         format!("stored    {} in {} layers", HumanBytes(shown.bytes_stored), shown.layers.len()),
     ];
     if !shown.mountable {
-        lines.push("mountable no: its layers are not EROFS; `headstart convert` makes an image that is".to_owned());
+        lines.push(
+            "mountable as a whole only: its layers are not EROFS; `headstart convert` makes an image that is"
+                .to_owned(),
+        );
     }
     for (place, layer) in shown.layers.iter().enumerate() {
         lines.push(format!("layer {place}   {}", layer.digest));

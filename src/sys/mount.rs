@@ -6,11 +6,13 @@
 use std::ffi::{CString, OsStr, OsString};
 use std::fs;
 use std::io;
+use std::os::fd::AsFd as _;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::CWD;
 use rustix::io::Errno;
-use rustix::mount::{MountFlags, UnmountFlags};
+use rustix::mount::{FsPickFlags, MountFlags, UnmountFlags};
 
 /// Why a mount could not be made or removed.
 #[derive(Debug, thiserror::Error)]
@@ -188,14 +190,15 @@ pub fn check_mount_point(path: &Path) -> Result<PathBuf, MountError> {
     Ok(place)
 }
 
-/// Lets the kernel drop what it remembers of the read-only mount on `path` and nobody uses: changing nothing about a mount
-/// does that (`reconfigure_super` shrinks the cache of names first).
+/// Lets the kernel drop what it remembers of the file system on `path` and nobody uses: asking it to change nothing does
+/// that (`reconfigure_super` shrinks the cache of names first).
 ///
 /// # Errors
 /// See [`MountError`].
 pub fn drop_unused(path: &Path) -> Result<(), MountError> {
-    rustix::mount::mount_remount(path, MountFlags::RDONLY, "")
-        .map_err(|errno| MountError::system("drop what is remembered of", path, errno))
+    let failed = |errno| MountError::system("drop what is remembered of", path, errno);
+    let context = rustix::mount::fspick(CWD, path, FsPickFlags::FSPICK_CLOEXEC).map_err(failed)?;
+    rustix::mount::fsconfig_reconfigure(context.as_fd()).map_err(failed)
 }
 
 /// How [`unmount`] treats files that are in use.

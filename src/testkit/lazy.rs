@@ -91,9 +91,9 @@ impl LazyBytes {
     /// Waits until `count` requests are held.
     ///
     /// # Panics
-    /// If that does not happen within 20 seconds.
+    /// If that does not happen within a minute.
     pub fn wait_for_held(&self, count: usize) {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(60);
         let mut state = self.state();
         while state.held.len() < count {
             let left = deadline.saturating_duration_since(Instant::now());

@@ -37,7 +37,8 @@ use super::slots::{LAYERS_INO, SLOTS, SNAPSHOTS_INO, SnapshotNumbers};
 use super::{Error, KernelCache, Layer, Vfs};
 use crate::model::{DiffId, Name, ReadAt};
 
-/// What the inode numbers of a layer's files are made from. Given out for good: a layer that comes again has its slot again.
+/// What the inode numbers of a layer's files are made from. Never another layer's; a layer that comes again has its slot
+/// again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct LayerSlot(pub u32);
 
@@ -228,7 +229,8 @@ impl<R: ReadAt + 'static> Forest<R> {
 
 impl<R: ReadAt + 'static> Forest<R> {
     /// Serves a removed snapshot no more, whoever uses it: what is not in the kernel's caches is stale
-    /// ([`Error::NoSuchInode`]). One that is listed is removed first.
+    /// ([`Error::NoSuchInode`]). One that is listed is removed first. Layers that go with it have another slot when they come
+    /// again.
     pub fn cut_snapshot(&self, slot: SnapshotSlot) {
         // It may be removed already.
         drop(self.remove_snapshot(slot));

@@ -41,6 +41,8 @@ pub(super) struct LayerRecord<R> {
     pub(super) listed: u32,
     /// How often snapshots have it.
     shown: u32,
+    /// The kernel may remember files of it when nothing keeps it any more.
+    cut: bool,
 }
 
 pub(super) struct TreeRecord<R> {
@@ -54,8 +56,9 @@ pub(super) struct Tables<R> {
     pub(super) trees: BTreeMap<u32, TreeRecord<R>>,
     /// The listed snapshots.
     pub(super) names: BTreeMap<Name, u32>,
-    /// Every layer that ever was, because the kernel may still know its numbers. Some 100 bytes each.
+    /// Every layer that ever was, so that it has its numbers again when it comes again. Some 100 bytes each.
     pub(super) slots: HashMap<DiffId, u32>,
+    /// Every slot that was ever given to a layer.
     diff_ids: HashMap<u32, DiffId>,
     next_layer: u32,
     next_tree: u32,
@@ -123,7 +126,7 @@ impl<R: ReadAt> Tables<R> {
             let file = layer_stat(slot, &layer);
             let name = Forest::<R>::layer_name(&diff_id);
             let leaf = Arc::new(Leaf { slot, diff_id, name, layer, file, lookups: AtomicU64::new(0) });
-            LayerRecord { leaf, listed: 0, shown: 0 }
+            LayerRecord { leaf, listed: 0, shown: 0, cut: false }
         });
         record.listed = record.listed.saturating_add(1);
         self.layers_changed = now();
@@ -216,7 +219,8 @@ impl<R: ReadAt> Tables<R> {
         for leaf in &tree.leaves {
             // One that was taken away in between comes back with its snapshot, in its own slot.
             let record = self.layers.entry(leaf.slot);
-            let record = record.or_insert_with(|| LayerRecord { leaf: Arc::clone(leaf), listed: 0, shown: 0 });
+            let record =
+                record.or_insert_with(|| LayerRecord { leaf: Arc::clone(leaf), listed: 0, shown: 0, cut: false });
             record.shown = record.shown.saturating_add(1);
         }
         self.names.insert(tree.name.clone(), tree.slot);
@@ -256,8 +260,13 @@ impl<R: ReadAt> Tables<R> {
 
     /// Stops to serve a snapshot that is not listed, whoever keeps it.
     pub(super) fn cut_snapshot(&mut self, slot: u32) -> Garbage<R> {
-        if let Some(record) = self.trees.get(&slot) {
+        if let Some(record) = self.trees.get(&slot).filter(|record| !record.listed) {
             record.tree.lookups.store(0, Ordering::Relaxed);
+            for leaf in &record.tree.leaves {
+                if let Some(layer) = self.layers.get_mut(&leaf.slot) {
+                    layer.cut = true;
+                }
+            }
         }
         self.reap_snapshot(slot)
     }
@@ -271,6 +280,10 @@ impl<R: ReadAt> Tables<R> {
         if self.layers.get(&slot).is_some_and(|record| !kept(record))
             && let Some(record) = self.layers.remove(&slot)
         {
+            if record.cut {
+                // Should other bytes ever come under this name, what the kernel remembers must not be taken for them.
+                self.slots.remove(&record.leaf.diff_id);
+            }
             garbage.leaves.push(record.leaf);
         }
         garbage

@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::daemon::config::LogLevel;
+use crate::drivers::{self, Wanted};
 use crate::oci::{Platform, Reference};
 use crate::serve::Bandwidth;
 
@@ -79,6 +80,7 @@ pub(crate) enum Command {
     Cat(Cat),
     Status(Status),
     Snapshots(Snapshots),
+    Cleanup(Cleanup),
     Serve(Serve),
     Completions(Completions),
     Man(Man),
@@ -147,7 +149,7 @@ pub(crate) struct Mount {
     /// The directory to mount it on
     pub(crate) dir: PathBuf,
     /// How the image is presented
-    #[arg(long, value_enum, default_value_t = Driver::Fuse)]
+    #[arg(long, value_enum, default_value_t = Driver::Auto)]
     pub(crate) driver: Driver,
     /// Stack a writable layer on top (root only); what is written is kept in DIR/upper
     #[arg(long, value_name = "DIR")]
@@ -172,8 +174,38 @@ pub(crate) struct Mount {
 /// The words of `--driver`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Driver {
+    /// The best that works: local if all layers are here, else kernel, else fuse
+    Auto,
     /// The kernel asks a process for everything: works on every kernel with FUSE, and for ordinary users
     Fuse,
+    /// The kernel reads layers that are filled as it reads them, and forgets the process when they are complete (root only)
+    Kernel,
+    /// The kernel reads complete layers (root only)
+    Local,
+}
+
+impl From<Driver> for Wanted {
+    fn from(driver: Driver) -> Self {
+        match driver {
+            Driver::Auto => Self::Auto,
+            Driver::Fuse => Self::Driver(drivers::Driver::Fuse),
+            Driver::Kernel => Self::Driver(drivers::Driver::Kernel),
+            Driver::Local => Self::Driver(drivers::Driver::Local),
+        }
+    }
+}
+
+/// Find and remove what killed processes left: mounts, loop devices, records.
+///
+/// What belongs to a process that lives is not touched. A mount that is in use stays, with all that it needs.
+#[derive(Debug, Args)]
+pub(crate) struct Cleanup {
+    /// Only tell what there is
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Take mounts away even while files in them are open
+    #[arg(long)]
+    pub(crate) lazy: bool,
 }
 
 /// End a mount, also one whose serving process has died.
@@ -341,6 +373,8 @@ mod tests {
             "convert oci:a oci:b --all-platforms",
             "mount localhost:5000/a:b /mnt --driver fuse --upper /up --foreground",
             "mount oci:a /mnt --no-daemon",
+            "mount oci:a /mnt --driver kernel",
+            "cleanup --dry-run --lazy",
             "daemon --config /c --root /r",
             "umount /mnt",
             "unmount --lazy /mnt",

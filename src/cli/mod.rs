@@ -46,6 +46,7 @@ fn run(context: &Context, command: Command) -> anyhow::Result<ExitCode> {
         Command::Mount(arguments) => commands::mount::mount(context, &arguments),
         Command::Umount(arguments) => commands::umount::umount(context, &arguments),
         Command::Daemon(_) => commands::daemon::run(context),
+        Command::Cleanup(arguments) => commands::cleanup::cleanup(context, &arguments),
         Command::Status(_) => commands::status::status(context),
         Command::Snapshots(_) => commands::snapshots::snapshots(context),
         Command::Pull(arguments) => commands::pull::pull(context, &arguments),

@@ -252,6 +252,7 @@ mod tests {
                 manifest: BlobDigest(digest),
                 mount_point: "/mnt".into(),
                 driver: "fuse".to_owned(),
+                driver_wanted: crate::drivers::Wanted::Auto,
                 pid: 7,
                 upper: None,
                 no_fill: false,
@@ -263,6 +264,7 @@ mod tests {
                 diff_id: Some(DiffId(digest)),
                 state: LayerState::Lazy,
                 why: Some("nobody read it".to_owned()),
+                presented: None,
                 chunks: 9,
                 present: 1,
                 bytes: 1 << 40,
@@ -358,6 +360,7 @@ mod tests {
                     mount_point: "/m".into(),
                     platform: None,
                     upper: Some("/u".into()),
+                    driver: crate::drivers::Wanted::Auto,
                     no_fill: true,
                 };
                 assert_eq!(client.mount(&asked).await.unwrap(), example());

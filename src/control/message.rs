@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::fault::Fault;
+use crate::drivers::Wanted;
 use crate::model::{BlobDigest, DiffId};
 
 /// An image to be mounted.
@@ -21,6 +22,9 @@ pub struct MountAsked {
     /// Directory of a writable layer on top.
     #[serde(default)]
     pub upper: Option<PathBuf>,
+    /// How it is presented.
+    #[serde(default)]
+    pub driver: Wanted,
     /// Bring only what is read.
     #[serde(default)]
     pub no_fill: bool,

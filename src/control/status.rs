@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::drivers::Wanted;
 use crate::model::{BlobDigest, DiffId};
 
 /// How much of a layer is here.
@@ -30,6 +31,9 @@ pub struct LayerStatus {
     /// Why it is in that state, if there is more to say.
     #[serde(default)]
     pub why: Option<String>,
+    /// What the kernel reads it from, if it is the kernel that presents it.
+    #[serde(default)]
+    pub presented: Option<String>,
     /// Number of chunks.
     pub chunks: u64,
     /// How many of them are here.
@@ -75,8 +79,11 @@ pub struct MountRecord {
     pub manifest: BlobDigest,
     /// Where it is mounted.
     pub mount_point: PathBuf,
-    /// How it is presented: `fuse`.
+    /// How it is presented: `fuse`, `kernel` or `local`.
     pub driver: String,
+    /// How it was asked to be presented.
+    #[serde(default)]
+    pub driver_wanted: Wanted,
     /// The serving process.
     pub pid: u32,
     /// Directory of the writable layer on top, if there is one.

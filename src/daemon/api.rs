@@ -99,7 +99,7 @@ impl Served for Api {
     fn mount(&self, asked: MountAsked) -> BoxFuture<'static, Result<MountStatus, Fault>> {
         let host = Arc::clone(&self.host);
         self.answer(async move {
-            let MountAsked { image, mount_point, platform, upper, no_fill } = asked;
+            let MountAsked { image, mount_point, platform, upper, driver, no_fill } = asked;
             let (image, platform) = (image.parse()?, platform.map(|platform| platform.parse()).transpose()?);
             let (claiming, upper) = (Arc::clone(&host), upper.as_deref().map(std::path::absolute).transpose()?);
             let (claim, mount_point) = blocking(move || {
@@ -108,7 +108,7 @@ impl Served for Api {
             })
             .await?;
             let mounted =
-                host.mount(claim, MountRequest { image, platform, mount_point, upper, fill: !no_fill }).await?;
+                host.mount(claim, MountRequest { image, platform, mount_point, upper, driver, fill: !no_fill }).await?;
             told(mounted).await
         })
     }

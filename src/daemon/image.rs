@@ -372,6 +372,13 @@ impl OpenImage {
 #[error("cannot show {0}: it keeps the contents of its files in layers of their own (role overlay-data)")]
 pub struct UnsupportedData(Reference);
 
+impl Lazy {
+    /// `layer` as the file system reads it.
+    pub fn new(layer: &Arc<LayerImage>) -> Self {
+        Self(Arc::clone(layer))
+    }
+}
+
 impl ReadAt for Lazy {
     fn size(&self) -> u64 {
         self.0.size()

@@ -347,6 +347,7 @@ mod tests {
             manifest: BlobDigest(Digest::of(Algorithm::Sha256, b"x")),
             mount_point: mount_point.into(),
             driver: "fuse".to_owned(),
+            driver_wanted: crate::drivers::Wanted::Auto,
             pid: 1,
             upper: None,
             no_fill: false,

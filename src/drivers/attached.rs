@@ -130,6 +130,14 @@ impl Attached {
         let Some(device) = &self.device else { return Ok(()) };
         let _one = self.exchange.lock().unwrap_or_else(PoisonError::into_inner);
         let failed = |source| DriverError::Loop { diff_id: self.diff_id, source };
+        {
+            // Whoever came first has done it.
+            let state = self.state();
+            let is_there = matches!((state.backing, backing), (Backing::Local(_), Backing::Local(_)));
+            if is_there && path.canonicalize().is_ok_and(|path| path == state.file) {
+                return Ok(());
+            }
+        }
         let exchanged = open_layer(self.diff_id, self.size, path).and_then(|(file, path)| {
             if self.state().direct_io {
                 device.set_direct_io(false).map_err(failed)?;

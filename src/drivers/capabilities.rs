@@ -49,6 +49,12 @@ pub struct Capabilities {
 }
 
 impl Capabilities {
+    /// Of a machine that was not asked.
+    pub fn unknown() -> Self {
+        let untried = || Capability::missing("the kernel was not asked");
+        Self { root: untried(), erofs: untried(), file_backed: untried(), loop_devices: untried(), overlay: untried() }
+    }
+
     /// Asks the kernel, which loads modules for that if it can. Whether a file can be mounted is tried on a small one in
     /// `scratch`. Takes about a millisecond and leaves nothing behind.
     pub fn probe(scratch: &Path) -> Self {
@@ -58,14 +64,7 @@ impl Capabilities {
             Capability::missing("only root mounts EROFS and overlayfs")
         };
         if root.reason().is_some() {
-            let untried = || Capability::missing("not tried without root");
-            return Self {
-                root,
-                erofs: untried(),
-                file_backed: untried(),
-                loop_devices: untried(),
-                overlay: untried(),
-            };
+            return Self { root, ..Self::unknown() };
         }
         Self {
             root,

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::error::in_one_line;
-use super::{Capabilities, Driver, DriverError, Wanted};
+use super::{Capabilities, Driver, Wanted};
 use crate::model::DiffId;
 
 /// What decides about a layer.
@@ -35,7 +35,7 @@ impl Choice {
 
     /// What is left when the kernel would not do what was chosen.
     #[must_use]
-    pub fn after(&self, error: &DriverError) -> Self {
+    pub fn after(&self, error: &(dyn std::error::Error + 'static)) -> Self {
         Self::new(Driver::Fuse, format!("driver {} failed: {}", self.driver, in_one_line(error)))
     }
 }
@@ -100,7 +100,7 @@ impl From<&super::LayerBacking> for LayerFacts {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Capability;
+    use super::super::{Capability, DriverError};
     use super::*;
     use crate::model::{Algorithm, Digest};
 
@@ -170,8 +170,13 @@ mod tests {
     fn the_files_of_a_layer_decide() {
         let diff_id = layer(true, true, None).diff_id;
         let backing = |size, lazy: Option<&str>, local: Option<&str>| {
-            let layer =
-                super::super::LayerBacking { diff_id, size, lazy: lazy.map(Into::into), local: local.map(Into::into) };
+            let layer = super::super::LayerBacking {
+                diff_id,
+                source: 0,
+                size,
+                lazy: lazy.map(Into::into),
+                local: local.map(Into::into),
+            };
             LayerFacts::from(&layer)
         };
         assert_eq!(backing(4096, Some("a"), None), layer(false, true, None));

@@ -188,25 +188,36 @@ fn take_away(leftover: &Leftover, how: Unmount) -> Result<(), String> {
             unmounted(path, Unmount::Lazy)?;
             fs::remove_dir(path).map_err(|error| error.to_string())
         }
-        Leftover::Fuse { path } => unmounted(path, Unmount::Lazy),
+        Leftover::Fuse { path } => {
+            unmounted(path, Unmount::Lazy)?;
+            fs::remove_dir(path).map_err(|error| error.to_string())
+        }
         Leftover::Loop { number, backing } => end_loop(*number, backing),
         Leftover::Directory { path } => empty(path).map_err(|error| in_one_line(&error)),
     }
 }
 
-/// Removes directories of layers whose mounts are gone, then the rest.
+/// Removes directories on which nothing is mounted any more, then the rest.
 fn empty(run: &Path) -> Result<(), DriverError> {
-    let below = layers(run);
-    match fs::read_dir(&below) {
+    remove_directories(&layers(run))?;
+    // Others than these may have been made to mount something, and nothing was.
+    remove_directories(run).ok();
+    clear(run)
+}
+
+fn remove_directories(below: &Path) -> Result<(), DriverError> {
+    match fs::read_dir(below) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         listing => {
-            for entry in listing.map_err(DriverError::io("list", &below))? {
-                let path = entry.map_err(DriverError::io("list", &below))?.path();
-                fs::remove_dir(&path).map_err(DriverError::io("remove", &path))?;
+            for entry in listing.map_err(DriverError::io("list", below))? {
+                let path = entry.map_err(DriverError::io("list", below))?.path();
+                if path.is_dir() {
+                    fs::remove_dir(&path).map_err(DriverError::io("remove", &path))?;
+                }
             }
         }
     }
-    clear(run)
+    Ok(())
 }
 
 /// Waits until the device is gone, which it should be by itself.

@@ -106,8 +106,11 @@ impl FromStr for Wanted {
 /// A layer image and the files that hold it. One of them is needed at least; the complete one is preferred.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LayerBacking {
-    /// Which layer.
+    /// Which layer it claims to be.
     pub diff_id: DiffId,
+    /// Where its bytes come from: two layers are the same only if this is too. A diffID is a claim until all of a layer has
+    /// been seen, and no stack must show what somebody else claims.
+    pub source: u64,
     /// Size of the image in bytes.
     pub size: u64,
     /// A file that is complete to its readers and filled as they read: one in `layers/` of the FUSE server.

@@ -24,7 +24,7 @@ struct Inner {
     patience: Duration,
     manner: Manner,
     /// Never held over a system call.
-    slots: Mutex<HashMap<DiffId, Arc<Slot>>>,
+    slots: Mutex<HashMap<(DiffId, u64), Arc<Slot>>>,
     /// Gives every mount of a layer a directory of its own.
     count: AtomicU64,
 }
@@ -66,7 +66,7 @@ impl KernelMounts {
         // A layer that lies below itself adds nothing: every name it has is taken. Overlayfs would refuse it.
         let mut seen = HashSet::new();
         let mut topmost_first: Vec<&LayerBacking> =
-            layers.iter().rev().filter(|layer| seen.insert(layer.diff_id)).collect();
+            layers.iter().rev().filter(|layer| seen.insert((layer.diff_id, layer.source))).collect();
         let attaching = topmost_first
             .drain(..)
             .map(|layer| {
@@ -88,20 +88,20 @@ impl KernelMounts {
     ///
     /// # Errors
     /// See [`DriverError`]; the kernel then reads what it read before.
-    pub fn hand_over(&self, diff_id: &DiffId, local: &Path) -> Result<(), DriverError> {
-        self.exchange(diff_id, local, Backing::Local(SystemTime::now()))
+    pub fn hand_over(&self, diff_id: &DiffId, source: u64, local: &Path) -> Result<(), DriverError> {
+        self.exchange(diff_id, source, local, Backing::Local(SystemTime::now()))
     }
 
     /// The way back of [`Self::hand_over`], while the server of `lazy` still stands.
     ///
     /// # Errors
     /// See [`DriverError`].
-    pub fn take_back(&self, diff_id: &DiffId, lazy: &Path) -> Result<(), DriverError> {
-        self.exchange(diff_id, lazy, Backing::Lazy)
+    pub fn take_back(&self, diff_id: &DiffId, source: u64, lazy: &Path) -> Result<(), DriverError> {
+        self.exchange(diff_id, source, lazy, Backing::Lazy)
     }
 
-    fn exchange(&self, diff_id: &DiffId, path: &Path, backing: Backing) -> Result<(), DriverError> {
-        let slot = self.0.slots().get(diff_id).cloned().ok_or(DriverError::NotMounted(*diff_id))?;
+    fn exchange(&self, diff_id: &DiffId, source: u64, path: &Path, backing: Backing) -> Result<(), DriverError> {
+        let slot = self.0.slots().get(&(*diff_id, source)).cloned().ok_or(DriverError::NotMounted(*diff_id))?;
         let (diff_id, path) = (*diff_id, path.to_owned());
         let direct_io = self.0.manner.direct_io && backing != Backing::Lazy;
         within(self.0.patience, format!("exchange the file of layer {diff_id}"), move || {
@@ -127,12 +127,12 @@ impl KernelMounts {
 }
 
 impl Inner {
-    fn slots(&self) -> MutexGuard<'_, HashMap<DiffId, Arc<Slot>>> {
+    fn slots(&self) -> MutexGuard<'_, HashMap<(DiffId, u64), Arc<Slot>>> {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn attach(&self, layer: &LayerBacking) -> Result<Arc<Attached>, DriverError> {
-        let slot = Arc::clone(self.slots().entry(layer.diff_id).or_default());
+        let slot = Arc::clone(self.slots().entry((layer.diff_id, layer.source)).or_default());
         let mut place = lock(&slot);
         if let Some(attached) = place.upgrade() {
             return Ok(attached);

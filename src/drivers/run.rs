@@ -46,6 +46,25 @@ impl RunDirectory {
         Ok(Self { source: overlay_source(&path), path, _owner: owner })
     }
 
+    /// Takes a new directory in `base`, which is made if it is missing.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn claim_new(base: &Path) -> Result<Self, DriverError> {
+        let mut maker = fs::DirBuilder::new();
+        maker.mode(0o700).recursive(true).create(base).map_err(DriverError::io("create", base))?;
+        maker.recursive(false);
+        let mut number = 0_u64;
+        loop {
+            let path = base.join(number.to_string());
+            match maker.create(&path) {
+                Ok(()) => return Self::claim(&path),
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => number += 1,
+                Err(error) => return Err(DriverError::io("create", &path)(error)),
+            }
+        }
+    }
+
     /// Where it is, absolute and without links.
     pub fn path(&self) -> &Path {
         &self.path

@@ -120,7 +120,8 @@ pub fn mounted_on(path: &Path) -> io::Result<Option<MountEntry>> {
 /// `/proc` could not be read.
 pub fn is_ours(path: &Path) -> Result<bool, MountError> {
     let top = mounted_on(path).map_err(|error| MountError::system("read mounts for", path, error))?;
-    Ok(top.is_some_and(|found| found.kind == super::fuse::MOUNT_KIND || found.source == "headstart"))
+    let by_name = |source: &OsStr| source == "headstart" || source.as_bytes().starts_with(b"headstart:");
+    Ok(top.is_some_and(|found| found.kind == super::fuse::MOUNT_KIND || by_name(&found.source)))
 }
 
 /// Reads `/proc/self/mountinfo` (`Documentation/filesystems/proc.rst`, section 3.5). Lines of another form are left out.

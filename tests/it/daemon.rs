@@ -467,8 +467,8 @@ fn mounts_share_a_connection_and_the_files_of_their_layers() {
     let (a, b) = (stage.make("mnt-a"), stage.make("mnt-b"));
     let daemon = Daemon::start(&stage);
     assert_eq!(daemon.status()["connections"], 1);
-    stage.ok(&["mount", &reference(&one), a.to_str().unwrap()]);
-    stage.ok(&["mount", &reference(&two), b.to_str().unwrap()]);
+    stage.ok(&["mount", "--driver", "fuse", &reference(&one), a.to_str().unwrap()]);
+    stage.ok(&["mount", "--driver", "fuse", &reference(&two), b.to_str().unwrap()]);
     assert_eq!(daemon.status()["connections"], 1, "{:?}", stage.status());
     let same = |path: &Path| {
         let metadata = fs::metadata(path.join("shared")).unwrap();
@@ -481,7 +481,7 @@ fn mounts_share_a_connection_and_the_files_of_their_layers() {
     // What was taken away in use leaves room at once, and stays readable.
     let open = File::open(a.join("one")).unwrap();
     stage.ok(&["umount", "--lazy", a.to_str().unwrap()]);
-    stage.ok(&["mount", &reference(&two), a.to_str().unwrap()]);
+    stage.ok(&["mount", "--driver", "fuse", &reference(&two), a.to_str().unwrap()]);
     assert_eq!(std::io::read_to_string(&open).unwrap(), "1");
     drop(open);
     assert_eq!(fs::read(a.join("two")).unwrap(), b"2");
@@ -539,13 +539,13 @@ fn a_layer_that_claims_to_be_another_is_not_shown_in_its_place() {
     stage.ok(&["convert", &source, &reference(&two), "--chunk-size", "65536"]);
     let (a, b) = (stage.make("mnt-a"), stage.make("mnt-b"));
     let daemon = Daemon::start(&stage);
-    stage.ok(&["mount", &reference(&one), a.to_str().unwrap()]);
-    stage.ok(&["mount", &reference(&two), b.to_str().unwrap()]);
+    stage.ok(&["mount", "--driver", "fuse", &reference(&one), a.to_str().unwrap()]);
+    stage.ok(&["mount", "--driver", "fuse", &reference(&two), b.to_str().unwrap()]);
     let status = stage.status();
     let layer = |number: usize, field: &str| status[number]["layers"][0][field].clone();
     assert_eq!(layer(0, "diff_id"), layer(1, "diff_id"));
     assert_ne!(layer(0, "digest"), layer(1, "digest"));
-    assert_eq!(status[0]["driver_why"], Value::Null);
+    assert_eq!(status[0]["driver_why"], "asked for");
     assert!(status[1]["driver_why"].as_str().unwrap().contains("is shown from blob"), "{}", status[1]);
     assert_eq!(daemon.status()["connections"], 2);
     for mnt in [&a, &b] {

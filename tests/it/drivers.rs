@@ -88,7 +88,7 @@ impl Stage {
 
     fn layer(&self, number: usize) -> LayerBacking {
         let image = &self.images[number];
-        LayerBacking { diff_id: diff_id(image), size: image.len() as u64, lazy: None, local: None }
+        LayerBacking { diff_id: diff_id(image), source: 0, size: image.len() as u64, lazy: None, local: None }
     }
 
     fn lazy_layers(&self) -> Vec<LayerBacking> {
@@ -252,9 +252,9 @@ fn layers_change_hands_a_hundred_times_while_they_are_read() {
             let id = diff_id(&stage.images[number]);
             let begin = Instant::now();
             if round % 2 == 0 {
-                mounts.hand_over(&id, &stage.local(number)).unwrap();
+                mounts.hand_over(&id, 0, &stage.local(number)).unwrap();
             } else {
-                mounts.take_back(&id, &stage.lazy(number)).unwrap();
+                mounts.take_back(&id, 0, &stage.lazy(number)).unwrap();
             }
             longest_swap = longest_swap.max(begin.elapsed());
             swaps += 1;
@@ -263,7 +263,7 @@ fn layers_change_hands_a_hundred_times_while_they_are_read() {
         assert_eq!(presented.is_local(), round % 2 == 0);
     }
     for number in 0..stage.images.len() {
-        mounts.hand_over(&diff_id(&stage.images[number]), &stage.local(number)).unwrap();
+        mounts.hand_over(&diff_id(&stage.images[number]), 0, &stage.local(number)).unwrap();
     }
     for (number, report) in presented.layers().into_iter().rev().enumerate() {
         assert_eq!(report.file, stage.local(number).canonicalize().unwrap());
@@ -319,7 +319,7 @@ fn the_server_of_lazy_files_may_be_killed_once_all_is_handed_over() {
     let readers = Readers::start(presented.target(), &all, 2);
     readers.wait_for(10);
     for number in 0..stage.images.len() {
-        mounts.hand_over(&diff_id(&stage.images[number]), &stage.local(number)).unwrap();
+        mounts.hand_over(&diff_id(&stage.images[number]), 0, &stage.local(number)).unwrap();
     }
     assert!(presented.is_local());
     server.kill().unwrap();
@@ -428,11 +428,11 @@ fn files_that_are_no_layers_are_refused_and_leave_nothing() {
     let presented = stage.present(&mounts, &stage.lazy_layers()[..2]);
     let id = diff_id(&stage.images[0]);
     for wrong in [stage.local(2), stage.path("local/none"), stage.path("local")] {
-        mounts.hand_over(&id, &wrong).unwrap_err();
+        mounts.hand_over(&id, 0, &wrong).unwrap_err();
         assert!(presented.layers()[1].failure.is_some());
         assert!(!presented.is_local());
     }
-    assert!(matches!(mounts.hand_over(&diff_id(b""), &stage.local(0)), Err(DriverError::NotMounted(_))));
+    assert!(matches!(mounts.hand_over(&diff_id(b""), 0, &stage.local(0)), Err(DriverError::NotMounted(_))));
     for (path, content) in contents(0, 2).iter().chain(&contents(1, 2)) {
         assert!(fs::read(presented.target().join(path)).unwrap() == *content);
     }

@@ -1,5 +1,6 @@
 //! One file per command, or per pair of commands that belong together.
 
+pub(crate) mod cleanup;
 pub(crate) mod convert;
 pub(crate) mod daemon;
 pub(crate) mod files;

@@ -30,7 +30,6 @@ enum Readiness {
 }
 
 pub(crate) fn mount(context: &Context, arguments: &args::Mount) -> anyhow::Result<ExitCode> {
-    let args::Driver::Fuse = arguments.driver;
     if arguments.upper.is_some() && !rustix::process::geteuid().is_root() {
         let message = "cannot stack a writable layer: --upper needs root".to_owned();
         return Err(Told { problem: Problem::Denied, message }.into());
@@ -40,6 +39,7 @@ pub(crate) fn mount(context: &Context, arguments: &args::Mount) -> anyhow::Resul
         platform: arguments.platform.clone(),
         mount_point: kernel::check_mount_point(&arguments.dir)?,
         upper: arguments.upper.as_deref().map(std::path::absolute).transpose()?,
+        driver: arguments.driver.into(),
         fill: !arguments.no_fill,
     };
     if arguments.serving_process {
@@ -57,6 +57,7 @@ pub(crate) fn mount(context: &Context, arguments: &args::Mount) -> anyhow::Resul
                 mount_point: request.mount_point,
                 platform: request.platform.map(|platform| platform.to_string()),
                 upper: request.upper,
+                driver: request.driver,
                 no_fill: !request.fill,
             };
             context.runtime()?.block_on(client.mount(&asked))?;
@@ -85,6 +86,7 @@ fn start(context: &Context, request: &MountRequest) -> anyhow::Result<()> {
     if let Some(upper) = &request.upper {
         command.arg("--upper").arg(upper);
     }
+    command.args(["--driver", &request.driver.to_string()]);
     if !request.fill {
         command.arg("--no-fill");
     }

@@ -135,6 +135,9 @@ fn table(daemon: Option<&DaemonStatus>, mounts: &[Seen]) -> String {
                 lines.push(format!("  process {pid} is gone: end it with `headstart umount {point}`{log}"));
             }
         }
+        if let Some(why) = &status.driver_why {
+            lines.push(format!("  driver {driver}: {why}"));
+        }
         for layer in &status.layers {
             lines.push(format!(
                 "  {}  {:7}  {:>6} of {:<6} chunks  {:>10} of {}",
@@ -145,8 +148,9 @@ fn table(daemon: Option<&DaemonStatus>, mounts: &[Seen]) -> String {
                 HumanBytes(layer.bytes_present).to_string(),
                 HumanBytes(layer.bytes)
             ));
-            if let Some(why) = &layer.why {
-                lines.push(format!("      {why}"));
+            let said = [&layer.why, &layer.presented].into_iter().flatten().map(String::as_str).collect::<Vec<_>>();
+            if !said.is_empty() {
+                lines.push(format!("      {}", said.join("; ")));
             }
             if layer.bytes_demanded + layer.bytes_prefetched > 0 {
                 lines.push(format!(

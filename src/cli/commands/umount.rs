@@ -10,6 +10,7 @@ use super::Context;
 use crate::cli::args;
 use crate::cli::exit::{Problem, Told};
 use crate::control::{Client, ControlError, UmountAsked};
+use crate::daemon::host;
 use crate::daemon::mounts::{Entry, Mounts};
 use crate::daemon::serving;
 use crate::sys::mount as kernel;
@@ -37,14 +38,14 @@ pub(crate) fn umount(context: &Context, arguments: &args::Umount) -> anyhow::Res
                 Err(ControlError::Gone { .. }) => {}
                 Err(error) => return Err(error.into()),
             }
-            unmount_stale(&mount_point, arguments.lazy, Some(&entry))
+            unmount_stale(&context.config.root, &mount_point, arguments.lazy, Some(&entry))
         }
-        entry => unmount_stale(&mount_point, arguments.lazy, entry.as_ref()),
+        entry => unmount_stale(&context.config.root, &mount_point, arguments.lazy, entry.as_ref()),
     }
 }
 
 /// Takes away what a dead process left: its mount, then its record.
-fn unmount_stale(mount_point: &Path, lazy: bool, entry: Option<&Entry>) -> anyhow::Result<ExitCode> {
+fn unmount_stale(root: &Path, mount_point: &Path, lazy: bool, entry: Option<&Entry>) -> anyhow::Result<ExitCode> {
     match (kernel::is_ours(mount_point)?, entry) {
         (true, _) => serving::unmount_orphan(mount_point, lazy)?,
         (false, Some(_)) => {}
@@ -53,6 +54,7 @@ fn unmount_stale(mount_point: &Path, lazy: bool, entry: Option<&Entry>) -> anyho
             return Err(Told { problem: Problem::NotFound, message }.into());
         }
     }
+    host::sweep(root);
     if let Some(entry) = entry {
         entry.clear()?;
     }

@@ -8,6 +8,7 @@
 //! serves one. Refuses to know how it was started and how it is asked.
 
 mod grove;
+mod kernel;
 mod lookout;
 mod mounted;
 mod shown;
@@ -26,15 +27,18 @@ use super::image::{Documents, House, Lazy, OpenImage};
 use super::mounts::{Claim, Entry, Mounts};
 use super::place::Place;
 use crate::control::MountRecord;
+use crate::drivers::Wanted;
 use crate::fetch::{Counters, LayerImage};
 use crate::oci::{Platform, Reference};
 use crate::sys::mount::{self, MountError};
 use crate::unpack::{Fill, FillOptions, Persistence};
 use crate::vfs::{Layer, Vfs};
 
+use kernel::KernelSide;
 use lookout::Watch;
 
 pub use grove::{Grove, OtherBlob, Planted, Shoot};
+pub use kernel::{left_behind, sweep, take_away_left};
 pub use mounted::{Mounted, NeverLocal, layer_state};
 pub use shown::{Driver, Shown};
 
@@ -52,6 +56,8 @@ pub struct MountRequest {
     pub mount_point: PathBuf,
     /// Directory of a writable layer on top.
     pub upper: Option<PathBuf>,
+    /// How it is presented.
+    pub driver: Wanted,
     /// Bring all of it in the background, if the configuration does not say otherwise.
     pub fill: bool,
 }
@@ -72,6 +78,7 @@ pub struct Host {
     settings: Settings,
     house: House,
     records: Mounts,
+    kernel: KernelSide,
     runtime: Handle,
     /// The place of the daemon, if this is it.
     daemon: Option<Place>,
@@ -102,6 +109,7 @@ impl Host {
     /// A root that cannot be used, or a connection that cannot be mounted.
     pub fn open(settings: &Settings, runtime: Handle, daemon: Option<Place>) -> anyhow::Result<Arc<Self>> {
         let house = House::open(settings, runtime.clone())?;
+        sweep(&settings.root);
         let grove = match &daemon {
             None => Err(None),
             Some(_) if !rustix::process::geteuid().is_root() => {
@@ -113,6 +121,7 @@ impl Host {
             settings: settings.clone(),
             house,
             records: Mounts::open(&settings.root)?,
+            kernel: KernelSide::new(runtime.clone()),
             runtime,
             daemon,
             grove,
@@ -178,6 +187,7 @@ impl Host {
                 manifest: image.documents.digest,
                 mount_point: request.mount_point,
                 driver: shown.driver().name.to_owned(),
+                driver_wanted: request.driver,
                 pid: std::process::id(),
                 upper: request.upper,
                 no_fill: !request.fill,
@@ -201,6 +211,22 @@ impl Host {
 
     /// Shows an image at its mount point. Waits for the kernel.
     fn show(
+        &self,
+        image: &OpenImage,
+        layers: Vec<Layer<Lazy>>,
+        request: &MountRequest,
+        claim: &Claim,
+    ) -> anyhow::Result<Box<dyn Shown>> {
+        match self.kernel.show(image, request, &self.settings) {
+            Ok(shown) => Ok(shown),
+            Err(why) => {
+                let shown = self.show_through_fuse(image, layers, request, claim)?;
+                Ok(Box::new(shown::Explained(shown, why)))
+            }
+        }
+    }
+
+    fn show_through_fuse(
         &self,
         image: &OpenImage,
         layers: Vec<Layer<Lazy>>,
@@ -233,7 +259,7 @@ impl Host {
     /// How many FUSE connections are served.
     pub fn connections(&self) -> u64 {
         let own: u64 = self.mounts().iter().map(|mounted| mounted.own_connections()).sum();
-        own + u64::from(self.grove.is_ok())
+        own + u64::from(self.grove.is_ok()) + self.kernel.connections()
     }
 
     fn fill_options(&self) -> FillOptions {
@@ -251,6 +277,7 @@ impl Host {
         let clearing = self.runtime.spawn_blocking(move || {
             if mount::is_ours(&dead.mount_point)? {
                 mount::unmount(&dead.mount_point, mount::Unmount::Lazy)?;
+                sweep(&host.settings.root);
             }
             let claim = host.records.claim(&dead.mount_point)?;
             match mount::check_mount_point(&dead.mount_point) {
@@ -266,7 +293,8 @@ impl Host {
             let image: Reference = record.image.parse()?;
             let documents = self.house.kept_documents(&image, record.manifest).await?;
             let (mount_point, upper) = (record.mount_point.clone(), record.upper.clone());
-            let request = MountRequest { image, platform: None, mount_point, upper, fill: !record.no_fill };
+            let (driver, fill) = (record.driver_wanted, !record.no_fill);
+            let request = MountRequest { image, platform: None, mount_point, upper, driver, fill };
             self.mount_documents(claim, request, documents).await
         };
         match mounting.await {

@@ -56,7 +56,11 @@ impl Mounted {
             driver_why: driver.why,
             bytes_fetched: sum(|counters| counters.fetched),
             bytes_demanded: sum(|counters| counters.needed),
-            layers: layers.iter().enumerate().map(|(number, layer)| told(layer, phases.get(number))).collect(),
+            layers: layers
+                .iter()
+                .enumerate()
+                .map(|(number, layer)| told(layer, phases.get(number), self.shown.layer(&layer.diff_id)))
+                .collect(),
         }
     }
 
@@ -112,12 +116,13 @@ pub enum NeverLocal {
 }
 
 /// A layer's status as the control socket tells it.
-fn told(layer: &fetch::LayerStatus, phase: Option<&Phase>) -> LayerStatus {
+fn told(layer: &fetch::LayerStatus, phase: Option<&Phase>, presented: Option<String>) -> LayerStatus {
     LayerStatus {
         digest: layer.blob,
         diff_id: Some(layer.diff_id),
         state: layer_state(layer.state),
         why: Some(why(layer, phase)),
+        presented,
         chunks: layer.chunks.into(),
         present: layer.present.into(),
         bytes: layer.bytes,

@@ -17,6 +17,7 @@ use crate::daemon::config::Config as Settings;
 use crate::daemon::image::Lazy;
 use crate::daemon::mounts::Claim;
 use crate::fuse;
+use crate::model::DiffId;
 use crate::sys::mount::{self, MountError, Unmount};
 use crate::vfs::Vfs;
 
@@ -33,6 +34,11 @@ pub struct Driver {
 pub trait Shown: fmt::Debug + Send + Sync {
     /// How it is presented at this moment.
     fn driver(&self) -> Driver;
+
+    /// How one of its layers is presented, if there is anything to say.
+    fn layer(&self, _diff_id: &DiffId) -> Option<String> {
+        None
+    }
 
     /// Takes it away from its mount point. That somebody else did is as good. Waits for the kernel.
     ///
@@ -122,6 +128,34 @@ impl Shown for OwnConnection {
 
     fn own_connections(&self) -> u64 {
         1
+    }
+}
+
+/// One way with a reason why it is not another.
+#[derive(Debug)]
+pub(super) struct Explained(pub(super) Box<dyn Shown>, pub(super) String);
+
+impl Shown for Explained {
+    fn driver(&self) -> Driver {
+        let Driver { name, why } = self.0.driver();
+        let more = why.map(|why| format!("; {why}")).unwrap_or_default();
+        Driver { name, why: Some(format!("{}{more}", self.1)) }
+    }
+
+    fn layer(&self, diff_id: &DiffId) -> Option<String> {
+        self.0.layer(diff_id)
+    }
+
+    fn take_away(&self, how: Unmount) -> Result<(), MountError> {
+        self.0.take_away(how)
+    }
+
+    fn ended(&self) -> BoxFuture<'static, ()> {
+        self.0.ended()
+    }
+
+    fn own_connections(&self) -> u64 {
+        self.0.own_connections()
     }
 }
 

@@ -3,6 +3,7 @@
 mod bad_input;
 mod commands;
 mod convert;
+mod drivers;
 mod mounts;
 mod pulls;
 mod real_registry;

@@ -21,7 +21,7 @@ fn pid(stage: &Stage) -> rustix::process::Pid {
 }
 
 /// True if it is gone, or waits for nothing but a parent to ask how it ended.
-fn has_ended(process: rustix::process::Pid) -> bool {
+pub(super) fn has_ended(process: rustix::process::Pid) -> bool {
     let stat = fs::read_to_string(format!("/proc/{}/stat", process.as_raw_nonzero())).unwrap_or_default();
     stat.rsplit_once(") ").is_none_or(|(_, rest)| rest.starts_with('Z'))
 }
@@ -50,7 +50,7 @@ fn a_mount_fetches_ranges_and_no_more_than_is_read() {
     let (_, converted) = stage.images(&[tar(&[("a/", b""), ("a/large", &large), ("a/small", b"little")])]);
     let registry = stage.serve(&converted, &[]);
     let mnt = stage.make("mnt");
-    stage.ok(&["mount", &registry.image(), mnt.to_str().unwrap()]);
+    stage.ok(&["mount", "--driver", "fuse", &registry.image(), mnt.to_str().unwrap()]);
     assert_eq!(fs::read(mnt.join("a/small")).unwrap(), b"little");
     assert_eq!(fs::metadata(mnt.join("a/large")).unwrap().len(), large.len() as u64);
 
@@ -78,7 +78,7 @@ fn status_tells_every_mount_with_the_promised_fields() {
     let image = reference(&converted);
     let (one, two) = (stage.make("one"), stage.make("two"));
     for mnt in [&one, &two] {
-        stage.ok(&["mount", &image, mnt.to_str().unwrap()]);
+        stage.ok(&["mount", "--driver", "fuse", &image, mnt.to_str().unwrap()]);
     }
     assert_eq!(fs::read(one.join("a")).unwrap(), content);
     let status = stage.status();
@@ -86,7 +86,7 @@ fn status_tells_every_mount_with_the_promised_fields() {
     assert_eq!(points, [one.to_str().unwrap(), two.to_str().unwrap()]);
     let first = &status[0];
     assert_eq!(first["image"], image);
-    assert_eq!(first["driver"], "fuse");
+    assert_eq!((&first["driver"], &first["driver_why"]), (&"fuse".into(), &"asked for".into()));
     assert_eq!(first["state"], "serving");
     assert!(first["bytes_fetched"].as_u64().unwrap() > 3 << 20, "{first}");
     assert!(first["bytes_demanded"].as_u64().unwrap() > 3 << 20, "{first}");
@@ -223,10 +223,11 @@ fn what_a_dead_process_left_is_told_and_taken_away() {
     let (_, converted) = stage.images(&[tar(&[("a", b"content")])]);
     let (image, mnt) = (reference(&converted), stage.make("mnt"));
     let point = mnt.to_str().unwrap();
-    stage.ok(&["mount", &image, point]);
+    stage.ok(&["mount", "--driver", "fuse", &image, point]);
     let process = pid(&stage);
     rustix::process::kill_process(process, rustix::process::Signal::KILL).unwrap();
-    wait_until("the death of the serving process", || stage.status()[0]["state"] == "dead");
+    wait_until("the death of the serving process", || has_ended(process));
+    assert_eq!(stage.status()[0]["state"], "dead");
     assert!(fs::read_dir(&mnt).is_err(), "the mount is stale");
 
     let (code, words) = stage.fails(&["mount", &image, point]);

@@ -7,6 +7,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use headstart::model::{EntryKind, LayerEntry, Metadata, RelPath, Timestamp};
+use headstart::sys::loopdev::loop_devices;
 use headstart::sys::mount::{Unmount, mount_table, unmount};
 use headstart::tar::decompress::Compression;
 use headstart::testkit::layouts::{TestLayer, TestLayout, write_layout};
@@ -155,6 +156,15 @@ impl Stage {
     /// Nothing of this stage is mounted, no state is left, and nothing lies in the making.
     #[track_caller]
     pub(crate) fn assert_clean(&self) {
+        // What the kernel presented goes when its last reader goes, and a daemon that lives does not wait for that.
+        let run = self.root().join("run");
+        let is_below = |path: &Path| path.starts_with(self.dir.path());
+        wait_until("the end of kernel mounts", || {
+            let mounted = mount_table().unwrap().iter().any(|entry| entry.mount_point.starts_with(&run));
+            let devices = loop_devices().unwrap().iter().any(|device| is_below(&device.backing));
+            let left = fs::read_dir(&run).map_or(0, Iterator::count);
+            !mounted && !devices && left == 0
+        });
         let table = mount_table().unwrap();
         let left: Vec<_> = table.iter().filter(|entry| entry.mount_point.starts_with(self.dir.path())).collect();
         assert!(left.is_empty(), "still mounted: {left:?}");

@@ -29,7 +29,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 pub use error::SnapshotsError;
 use files::Files;
-pub use recover::Recovery;
+pub use recover::{Recovery, is_local};
 pub use usage::usage_of;
 
 use crate::chain::{

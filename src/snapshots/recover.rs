@@ -2,12 +2,12 @@
 //! ceased to be, while nobody listened.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::{Snapshots, SnapshotsError};
 use crate::chain::{Content, Key, Layer, SnapshotSlot};
 use crate::model::DiffId;
-use crate::store::{Anchor, Verdict, image_path};
+use crate::store::{self, Anchor, Verdict};
 
 /// What a start found and did.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -22,6 +22,12 @@ pub struct Recovery {
     pub committed: Vec<Key>,
     /// Layers that were local and are not here any more.
     pub lost: Vec<DiffId>,
+}
+
+/// True if a layer that was recorded as local still is: the cache may have been emptied since.
+pub fn is_local(root: &Path, layer: &Layer) -> bool {
+    let verified = |verdict| matches!(verdict, Verdict::Verified(_));
+    layer.local.is_some() && store::noted_verdict(root, &layer.id.blob, &layer.id.anchor).is_some_and(verified)
 }
 
 impl Snapshots {
@@ -41,8 +47,7 @@ impl Snapshots {
         recovery.missing =
             recorded.into_iter().filter(|(slot, _)| !self.files.is_there(*slot)).map(|(_, key)| key).collect();
         for layer in self.layers().into_iter().filter(|layer| layer.local.is_some()) {
-            let image = image_path(self.store.root(), &layer.id.blob, &layer.id.anchor);
-            if !image.is_some_and(|image| image.exists()) {
+            if !is_local(self.store.root(), &layer) {
                 self.layer_lost(&layer.id)?;
                 recovery.lost.push(layer.id.diff_id);
             }
@@ -57,10 +62,10 @@ impl Snapshots {
         Ok(recovery)
     }
 
-    /// Looks in the store which of the layers that something waits for are local.
+    /// Looks in the store which layers have become local.
     pub(super) fn find_local(&self) -> Result<Vec<Key>, SnapshotsError> {
         let mut committed = Vec::new();
-        for layer in self.waiting() {
+        for layer in self.layers().into_iter().filter(|layer| layer.local.is_none()) {
             if let Some(size) = self.verified_size(&layer)? {
                 committed.append(&mut self.layer_local(&layer.id, size)?);
             }

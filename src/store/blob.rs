@@ -26,7 +26,7 @@ pub(super) const LOCK: &str = "lock";
 pub(super) const GUARD: &str = "guard";
 
 /// More than any `meta.json` takes.
-const META_LIMIT: u64 = 64 << 10;
+pub(super) const META_LIMIT: u64 = 64 << 10;
 
 /// One layer image, in use. Any number of them, in any number of processes, may be open for the same image; what one
 /// writes all see.

@@ -305,6 +305,14 @@ pub fn image_path(root: &Path, blob: &BlobDigest, anchor: &str) -> Option<PathBu
     Some(place(root, blob, anchor.parse().ok()?).join(blob::IMAGE))
 }
 
+/// What was found out about the image of `blob` with this anchor as a whole, as it was written down: nothing is opened,
+/// locked or repaired. None if there is no such image.
+pub fn noted_verdict(root: &Path, blob: &BlobDigest, anchor: &str) -> Option<Verdict> {
+    let path = place(root, blob, anchor.parse().ok()?).join(blob::META);
+    let bytes = files::read_bounded(&path, blob::META_LIMIT).ok()??;
+    meta::Meta::parse(&path, &bytes).ok()?.map(|meta| meta.verdict)
+}
+
 fn this_boot() -> Result<BootId, StoreError> {
     let path = "/proc/sys/kernel/random/boot_id";
     let text = std::fs::read_to_string(path).map_err(|error| StoreError::io("read", path, error))?;

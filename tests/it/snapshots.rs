@@ -292,7 +292,8 @@ fn snapshots_are_shown_whoever_has_them_open() {
             ["c0", "committed", null, "local"],
             ["k8s.io/2/container", "active", "c0", "open"],
             ["k8s.io/3/look\n", "view", "c0", "open"],
-            [name, "committed", null, "local"],
+            // It was said to be local, and the store knows better.
+            [name, "committed", null, "lazy"],
         ])
     );
     let c0 = &seen["snapshots"][1];
@@ -349,6 +350,20 @@ fn a_pulled_image_is_a_row_of_committed_snapshots() {
         stage.json(&["pull", &image]);
         let again = stage.json(&["snapshots"]);
         assert_eq!(again["snapshots"], seen["snapshots"]);
+
+        // Without the cache they are what they were, and come back.
+        fs::remove_dir_all(stage.root().join("blobs")).unwrap();
+        let emptied = stage.json(&["snapshots"]);
+        for (before, now) in seen["snapshots"].as_array().unwrap().iter().zip(emptied["snapshots"].as_array().unwrap())
+        {
+            assert_eq!(
+                (&now["key"], &now["kind"], &now["parent"]),
+                (&before["key"], &before["kind"], &before["parent"])
+            );
+            assert_eq!((&now["state"], &now["bytes"]), (&json!("lazy"), &json!(0)), "{now:#}");
+        }
+        stage.json(&["pull", &image]);
+        assert_eq!(row(&stage.json(&["snapshots"])), wanted);
         stage.assert_clean();
     }
 }

@@ -9,7 +9,7 @@ use super::Context;
 use crate::chain::{Chain, Content, Image, Key, Kind, Labels, Layer, Snapshot, State};
 use crate::cli::output;
 use crate::model::{BlobDigest, DiffId};
-use crate::snapshots::usage_of;
+use crate::snapshots::{is_local, usage_of};
 use crate::store::records;
 
 pub(crate) fn snapshots(context: &Context) -> anyhow::Result<ExitCode> {
@@ -75,11 +75,15 @@ struct SeenImage {
 
 impl SeenSnapshot {
     fn of(context: &Context, chain: &Chain, snapshot: &Snapshot) -> Self {
+        let root = &context.config.root;
         let layer = match snapshot.content {
-            Content::Layer(slot) => chain.layer(slot),
+            Content::Layer(slot) => chain.layer(slot).cloned(),
             Content::Files => None,
         };
-        let usage = usage_of(&context.config.root, snapshot, layer);
+        // The cache may have been emptied since it was written down.
+        let layer = layer.map(|layer| Layer { local: layer.local.filter(|_| is_local(root, &layer)), ..layer });
+        let layer = layer.as_ref();
+        let usage = usage_of(root, snapshot, layer);
         Self {
             key: snapshot.key.clone(),
             kind: snapshot.kind,

@@ -44,7 +44,7 @@ pub struct LayerImage {
 }
 
 pub(super) enum Body {
-    Chunked(Chunked),
+    Chunked(Box<Chunked>),
     Whole(Whole),
 }
 
@@ -419,7 +419,7 @@ impl LayerImage {
         }
     }
 
-    pub(super) const fn chunked(&self) -> Option<&Chunked> {
+    pub(super) fn chunked(&self) -> Option<&Chunked> {
         match &self.body {
             Body::Chunked(chunked) => Some(chunked),
             Body::Whole(_) => None,

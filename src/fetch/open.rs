@@ -47,7 +47,7 @@ pub(super) async fn open_layer(
     let counting = Counting::default();
     let opening = Opening { shared, spec: &spec, source: &source, counting: &counting };
     let body = match opening.chunked().await? {
-        Some(chunked) => Body::Chunked(chunked),
+        Some(chunked) => Body::Chunked(Box::new(chunked)),
         None => Body::Whole(opening.whole().await?),
     };
     let layer = assemble(shared, spec, source, body, counting, None);
@@ -123,7 +123,7 @@ fn standing_of(body: &Body, diff_id: DiffId) -> Standing {
         },
     };
     match file.verdict() {
-        Verdict::Verified(found) if found == diff_id && chunked.is_none_or(Chunked::is_complete) => {
+        Verdict::Verified(found) if found == diff_id && chunked.is_none_or(|chunked| chunked.is_complete()) => {
             Standing::Local { since: file.judged().unwrap_or(SystemTime::UNIX_EPOCH) }
         }
         Verdict::Contradicted(found) if found != diff_id => Standing::Contradicted(found),

@@ -648,6 +648,6 @@ fn left_overs_of_the_dead_go_soon_and_those_of_the_living_stay() {
     assert_eq!(in_tmp().len(), 2, "it may just be about to take its lock");
     age(&dead, 61);
     drop(store_at(&root, 1));
-    assert_eq!(in_tmp(), [alive.clone()]);
+    assert_eq!(in_tmp(), std::slice::from_ref(alive));
     drop(living);
 }

@@ -699,7 +699,7 @@ fn every_promise_names_its_test() {
         let tests: Vec<(&str, &str)> = promise
             .split('`')
             .filter_map(|word| word.split_once("::"))
-            .filter(|(module, _)| ["forest", "mount", "mount_judge", "overlay_judge"].contains(module))
+            .filter(|(module, _)| ["drivers", "forest", "mount", "mount_judge", "overlay_judge"].contains(module))
             .collect();
         assert!(!tests.is_empty(), "nothing holds this: {promise}");
         for (module, name) in tests {

@@ -289,7 +289,7 @@ fn layers_change_hands_a_hundred_times_while_they_are_read() {
 fn serving_process(stage: &Stage) -> Child {
     let mut tar = TarWriter::new();
     for (number, image) in stage.images.iter().enumerate() {
-        tar.sized(&RawHeader::new(b'0', &number.to_string()), image);
+        tar.sized(&RawHeader::new(b'0', number.to_string()), image);
     }
     let layer = TestLayer::of_tar(&tar.finish(), Compression::Plain);
     write_layout(&stage.path("source"), &[layer]).unwrap();

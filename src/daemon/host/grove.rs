@@ -13,7 +13,7 @@ use std::fmt;
 use std::fs;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -216,6 +216,9 @@ impl Drop for Planted {
 pub(super) struct Bound {
     mount_point: PathBuf,
     over: watch::Receiver<bool>,
+    /// It was taken away by this process: what is mounted there now is something else.
+    taken: Arc<AtomicBool>,
+    watch: Watch,
     /// Goes when nothing is mounted any more.
     _planted: Planted,
 }
@@ -234,8 +237,13 @@ pub(super) fn bind(planted: Planted, mount_point: &Path, upper: Option<&Path>, w
         let kind = if writable { entry.source == "headstart" } else { entry.kind == MOUNT_KIND };
         kind && entry.mount_point == place
     };
-    match watch.until(move |table| !table.iter().any(&is_it)) {
-        Ok(over) => Ok(Bound { mount_point: mount_point.to_owned(), over, _planted: planted }),
+    let taken = Arc::new(AtomicBool::new(false));
+    let is_taken = Arc::clone(&taken);
+    match watch.until(move |table| is_taken.load(Ordering::Acquire) || !table.iter().any(&is_it)) {
+        Ok(over) => {
+            let (mount_point, watch) = (mount_point.to_owned(), watch.clone());
+            Ok(Bound { mount_point, over, taken, watch, _planted: planted })
+        }
         Err(error) => {
             mount::unmount(mount_point, Unmount::Lazy)?;
             Err(error)
@@ -249,12 +257,16 @@ impl Shown for Bound {
     }
 
     fn take_away(&self, how: Unmount) -> Result<(), MountError> {
-        if *self.over.borrow() {
+        if self.taken.load(Ordering::Acquire) || *self.over.borrow() {
             return Ok(());
         }
         match mount::unmount(&self.mount_point, how) {
-            Err(MountError::NotMounted(_)) => Ok(()),
-            other => other,
+            Ok(()) | Err(MountError::NotMounted(_)) => {
+                self.taken.store(true, Ordering::Release);
+                self.watch.ask();
+                Ok(())
+            }
+            Err(error) => Err(error),
         }
     }
 
@@ -263,7 +275,7 @@ impl Shown for Bound {
         Box::pin(async move {
             // A watch that is gone tells nothing any more.
             if over.wait_for(|over| *over).await.is_err() {
-                std::future::pending().await
+                std::future::pending::<()>().await;
             }
         })
     }

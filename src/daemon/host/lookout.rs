@@ -38,6 +38,11 @@ fn lock(watched: &Mutex<Watched>) -> MutexGuard<'_, Watched> {
 }
 
 impl Watch {
+    /// Asks everybody again now, though nothing may have changed in the mount table.
+    pub(super) fn ask(&self) {
+        look(&self.0);
+    }
+
     /// Says true as soon as `is_over`, which is asked with each new mount table. What is mounted already is not missed.
     ///
     /// # Errors

@@ -149,7 +149,7 @@ mod tests {
             assert!(error.to_string().ends_with(&format!("process {} is", holder.pid)), "{error}");
             match error {
                 PlaceError::Taken { place, holder: Some(found) } => {
-                    assert_eq!((place, found), (path(taken), holder.clone()))
+                    assert_eq!((place, found), (path(taken), holder.clone()));
                 }
                 other => panic!("{other}"),
             }

@@ -699,7 +699,9 @@ fn every_promise_names_its_test() {
         let tests: Vec<(&str, &str)> = promise
             .split('`')
             .filter_map(|word| word.split_once("::"))
-            .filter(|(module, _)| ["drivers", "forest", "mount", "mount_judge", "overlay_judge"].contains(module))
+            .filter(|(module, _)| {
+                ["daemon", "drivers", "forest", "mount", "mount_judge", "overlay_judge"].contains(module)
+            })
             .collect();
         assert!(!tests.is_empty(), "nothing holds this: {promise}");
         for (module, name) in tests {

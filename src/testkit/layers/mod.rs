@@ -99,21 +99,25 @@ pub struct Layer {
 }
 
 impl Layer {
-    /// The layer as a tar.
-    pub fn tar(&self) -> Vec<u8> {
+    /// The entries in the order in which they stand in the tar.
+    pub fn in_order(&self) -> Vec<&LayerFile> {
         let is_mark = |file: &&LayerFile| matches!(file.entry.kind, EntryKind::Whiteout | EntryKind::Opaque);
         let marks = self.files.iter().filter(is_mark);
         let others = self.files.iter().filter(|file| !is_mark(file));
-        let ordered: Vec<&LayerFile> = match self.marks {
+        match self.marks {
             Marks::Among => self.files.iter().collect(),
             Marks::First => marks.chain(others).collect(),
             Marks::Last => others.chain(marks).collect(),
-        };
+        }
+    }
+
+    /// The layer as a tar.
+    pub fn tar(&self) -> Vec<u8> {
         let mut tar = TarWriter::new();
         if self.dotted {
             tar.dotted();
         }
-        for file in ordered {
+        for file in self.in_order() {
             let mut stored: Vec<(u64, Vec<u8>)> = Vec::new();
             let mut at = 0;
             for piece in &file.pieces {

@@ -254,6 +254,7 @@ fn one_process_serves_in_the_foreground_until_it_is_interrupted() {
         .spawn()
         .unwrap();
     wait_until("the mount", || mnt.join("a").exists());
+    wait_until("the record of the mount", || !stage.status().is_empty());
     assert_eq!(stage.status()[0]["pid"], child.id());
     let process = rustix::process::Pid::from_child(&child);
     rustix::process::kill_process(process, rustix::process::Signal::INT).unwrap();

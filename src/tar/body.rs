@@ -7,7 +7,7 @@ use super::header::BLOCK;
 pub enum Run {
     /// So many zeros that are not in the tar.
     Hole(u64),
-    /// So many bytes that [`Reader::read_body`] hands out next.
+    /// So many bytes that `Reader::read_body` hands out next.
     Data(u64),
 }
 

@@ -99,7 +99,11 @@ mod tests {
 
     impl Counted {
         fn new(first: u8, len: usize, absent: ByteRange) -> Self {
-            Self { bytes: (0..len).map(|at| first ^ (at % 251) as u8).collect(), absent, asked: AtomicUsize::new(0) }
+            Self {
+                bytes: (0..len).map(|at| first ^ u8::try_from(at % 251).unwrap()).collect(),
+                absent,
+                asked: AtomicUsize::new(0),
+            }
         }
 
         fn asked(&self) -> usize {
@@ -168,8 +172,9 @@ mod tests {
 
     #[test]
     fn more_sources_than_there_are_slots() {
-        let sources: Vec<(SourceId, Counted)> =
-            (0..3 * SLOTS as u8).map(|first| (SourceId::new(), Counted::new(first, 100, ByteRange::to(0)))).collect();
+        let sources: Vec<(SourceId, Counted)> = (0..u8::try_from(3 * SLOTS).unwrap())
+            .map(|first| (SourceId::new(), Counted::new(first, 100, ByteRange::to(0))))
+            .collect();
         for _ in 0..3 {
             for (id, source) in &sources {
                 assert_eq!(take(*id, source, 10, 20).unwrap(), source.bytes[10..30]);

@@ -335,7 +335,8 @@ fn updates_change_labels_alone() {
             let fields = fields.iter().map(|field| (*field).to_owned()).collect();
             chain.apply(&Command::Update { key: key(name), labels: labels(new), fields }, at(11)).map(drop)
         };
-        let cases: [(&[(&str, &str)], &[&str], &[(&str, &str)]); 6] = [
+        type Pairs<'a> = &'a [(&'a str, &'a str)];
+        let cases: [(Pairs<'_>, &[&str], Pairs<'_>); 6] = [
             (&[("l1", "v1"), ("l2", "v2"), ("l3", "v3")], &[], &[("l1", "v1"), ("l2", "v2"), ("l3", "v3")]),
             (&[("l1", "updated"), ("l4", "v4")], &["labels.l1", "labels.l2"], &[("l1", "updated"), ("l3", "v3")]),
             (&[("l4", "v4")], &["labels"], &[("l4", "v4")]),

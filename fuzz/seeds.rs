@@ -15,6 +15,9 @@ use headstart::model::{Algorithm, DiffId, Digest};
 use headstart::oci::{
     Descriptor, EROFS_LAYER_ZSTD, Form, Index, Manifest, index_descriptor, layer_descriptor, layer_role, media,
 };
+use headstart::tar::decompress::Compression as TarCompression;
+use headstart::testkit::layers::{compress, plain_tar};
+use headstart::testkit::layouts::{TestLayer, write_layout};
 
 fn main() -> anyhow::Result<()> {
     let corpus: PathBuf = std::env::args_os().nth(1).context("usage: fuzz-seeds DIR")?.into();
@@ -27,6 +30,8 @@ fn main() -> anyhow::Result<()> {
         ("erofs_image", erofs_images(work.path(), &tree)?),
         ("tar", tars(work.path(), &tree)?),
         ("layer", tars(work.path(), &tree)?),
+        ("archive", archives(work.path())?),
+        ("hosts", hosts()),
     ] {
         let directory = corpus.join(target);
         fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
@@ -234,4 +239,49 @@ fn tars(work: &Path, tree: &Path) -> anyhow::Result<Vec<Vec<u8>>> {
         seeds.push([&[0][..], &fs::read(&file)?].concat());
     }
     Ok(seeds)
+}
+
+/// The corpus format of `archive`: a tarred layout, or what `docker save` writes in its old and its new form.
+fn archives(work: &Path) -> anyhow::Result<Vec<Vec<u8>>> {
+    let layer = plain_tar(&[("file", b"content")]);
+    let layout = work.join("layout");
+    write_layout(&layout, &[TestLayer::of_tar(&layer, TarCompression::Gzip)])?;
+    let saved = work.join("saved");
+    fs::create_dir_all(saved.join("0123"))?;
+    let diff_id = Digest::of(Algorithm::Sha256, &layer);
+    let config = format!(
+        r#"{{"architecture":"amd64","os":"linux","rootfs":{{"type":"layers","diff_ids":["{diff_id}","{diff_id}","{diff_id}"]}}}}"#
+    );
+    let listing =
+        r#"[{"Config":"0123.json","RepoTags":["a/b:latest"],"Layers":["0123/layer.tar","0123/again.tar","layer.gz"]}]"#;
+    fs::write(saved.join("manifest.json"), listing)?;
+    fs::write(saved.join("0123.json"), config)?;
+    fs::write(saved.join("0123/layer.tar"), &layer)?;
+    fs::write(saved.join("layer.gz"), compress(&layer, TarCompression::Gzip))?;
+    symlink("layer.tar", saved.join("0123/again.tar"))?;
+    let file = work.join("archive");
+    let mut seeds = Vec::new();
+    for (tree, formats) in [(&layout, &["gnu", "pax"][..]), (&saved, &["gnu", "pax", "ustar"])] {
+        for format in formats {
+            let format = format!("--format={format}");
+            run("tar", &[&format, "--blocking-factor=1", "-C", text(tree), "-cf", text(&file), "."])?;
+            seeds.push(fs::read(&file)?);
+        }
+    }
+    Ok(seeds)
+}
+
+/// The corpus format of `hosts`: which registry, the text.
+fn hosts() -> Vec<Vec<u8>> {
+    [
+        "",
+        "server = 'https://upstream.example:8443/prefix'\ncapabilities = ['pull', 'resolve', 'push']\n",
+        "ca = ['a.pem', '/b.pem']\nclient = [['c.cert', 'c.key'], ['d.pem', '']]\nskip_verify = true\n[header]\nx = ['1']\n",
+        "[host.'https://mirror.example']\n  capabilities = ['pull']\n  override_path = true\n  client = 'e.pem'\n\
+         [host.'https://mirror.example'.header]\n  x-one = '1'\n[host.'http://other.example/v2']\n",
+    ]
+    .iter()
+    .enumerate()
+    .map(|(number, text)| [&[u8::try_from(number).expect("seeds are few")][..], text.as_bytes()].concat())
+    .collect()
 }

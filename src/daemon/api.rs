@@ -17,7 +17,7 @@ use crate::control::{
     WaitAsked,
 };
 use crate::fetch::Counters;
-use crate::observe::HOST_METRICS;
+use crate::observe::HOST_METRICS_LEN;
 use crate::sys::mount::{self, Unmount};
 
 /// Tells which kind of failure an error is: a table of the floor above.
@@ -54,7 +54,7 @@ impl Api {
     }
 
     /// The numbers of `HOST_METRICS`, in that order.
-    pub(super) fn gauges(&self) -> [u64; HOST_METRICS.len()] {
+    pub(super) fn gauges(&self) -> [u64; HOST_METRICS_LEN] {
         let mounts = u64::try_from(self.host.mounts().len()).unwrap_or(u64::MAX);
         [mounts, self.host.uptime().as_secs(), resident_bytes(), u64::from(self.health().ready)]
     }

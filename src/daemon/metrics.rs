@@ -21,7 +21,7 @@ use axum::routing::get;
 use super::api::Api;
 use crate::control::Served as _;
 use crate::fetch::Counters;
-use crate::observe::{FETCH_METRICS, HOST_METRICS, Metric};
+use crate::observe::{FETCH_METRICS, HOST_METRICS, HOST_METRICS_LEN, Metric};
 
 /// What the listener answers.
 pub(super) fn router(api: Arc<Api>) -> Router {
@@ -48,7 +48,7 @@ async fn metrics(State(api): State<Arc<Api>>) -> impl IntoResponse {
 }
 
 /// The numbers in the order of `FETCH_METRICS` and `HOST_METRICS`.
-fn text(counters: &Counters, gauges: &[u64; HOST_METRICS.len()]) -> String {
+fn text(counters: &Counters, gauges: &[u64; HOST_METRICS_LEN]) -> String {
     let mut text = String::new();
     let Counters { fetched, needed, read, chunks, requests, retries, corrupt, disk_full } = *counters;
     let counted = [fetched, needed, read, chunks, requests, retries, corrupt, disk_full];

@@ -25,6 +25,7 @@
 //! | 5 | `convert` | pull, rebuild, push |
 //! | 5 | `drivers` | layer images mounted by the kernel and handed over to local files |
 //! | 6 | `fuse` | the kernel's FUSE protocol |
+//! | 6 | `grpc` | containerd's protocol: snapshots served, its own services called |
 //! | 6 | `serve` | a read-only distribution endpoint for experiments |
 //! | 6 | `control` | the local socket the command line talks to |
 //! | 7 | `daemon` | configuration, wiring, shutdown |
@@ -41,6 +42,7 @@ pub mod drivers;
 pub mod erofs;
 pub mod fetch;
 pub mod fuse;
+pub mod grpc;
 pub mod layout;
 pub mod model;
 pub mod observe;

@@ -21,7 +21,7 @@ use super::stack::{Memory, Stack, Workshop, is_erofs};
 use crate::model::{BlobDigest, DiffId, RelPath};
 use crate::oci::{
     Config, Descriptor, Document, DocumentError, EROFS_FEATURE, Form, Index, Manifest, Platform, PlatformRecord,
-    Prefer, Reference, media,
+    Prefer, Reference, TWIN_OF, media,
 };
 use crate::transport::{ImageSink, ImageSource, ResolvedImage, TransportError};
 
@@ -377,13 +377,15 @@ impl Conversion {
     ) -> Result<Vec<Descriptor>, ImageError> {
         let Workshop { source, sink, observer, options, .. } = &*self.workshop;
         let mut entries: Vec<(usize, Descriptor)> = Vec::new();
-        for ((place, entry, _), (_, image)) in made.into_iter().zip(chosen) {
+        for ((place, mut entry, _), (_, image)) in made.into_iter().zip(chosen) {
             let original = &image.descriptor;
             if options.append && original.digest != entry.descriptor.digest {
                 self.copy(image).await?;
                 sink.put_manifest(original, &image.manifest_bytes).await?;
                 let mut original = unnamed(original.clone());
                 original.platform = Some(record(image));
+                // Who has been given the original can find this one, and that they are the same is the publisher's word.
+                entry.descriptor.annotations.insert(TWIN_OF.to_owned(), original.digest.to_string());
                 entries.push((place, original));
             }
             sink.put_manifest(&entry.descriptor, &entry.bytes).await?;

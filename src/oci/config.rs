@@ -143,6 +143,21 @@ impl Config {
         Self::parse(to_json(&members))
     }
 
+    /// True if `other` says the same about everything but the layers and whether they are EROFS: one may be the
+    /// conversion of the other.
+    pub fn corresponds(&self, other: &Self) -> bool {
+        let image = |config: &Self| {
+            let mut members: BTreeMap<String, Value> = serde_json::from_slice(&config.bytes).ok()?;
+            members.remove("rootfs");
+            members.remove("os.features");
+            // Written by a conversion where it was left out.
+            members.remove("os");
+            let features = config.platform.os_features.iter().flatten().filter(|feature| *feature != EROFS_FEATURE);
+            Some((members, config.platform.os.clone(), features.cloned().collect::<Vec<_>>()))
+        };
+        image(self).is_some_and(|this| image(other) == Some(this)) && self.diff_ids.len() == other.diff_ids.len()
+    }
+
     /// The descriptor of this config.
     pub fn descriptor(&self) -> Descriptor {
         Descriptor::of(media::OCI_CONFIG, &self.bytes)
@@ -174,6 +189,29 @@ mod tests {
         assert_eq!(value["config"]["Cmd"][0], "sh");
         assert!(!edited.with_layers(&[layer], false).unwrap().has_erofs_feature());
         assert_eq!(config.with_layers(&[layer, layer], true).unwrap().as_bytes(), edited.as_bytes());
+    }
+
+    #[test]
+    fn a_conversion_corresponds_to_its_original_and_to_nothing_else() {
+        let text = |command: &str, os: &str| {
+            format!(
+                r#"{{{os}"architecture":"amd64","config":{{"Cmd":["{command}"]}},
+                "rootfs":{{"type":"layers","diff_ids":["{HEX}"]}},"history":[{{"created_by":"x"}}]}}"#
+            )
+        };
+        let parse = |text: String| Config::parse(text.into_bytes()).unwrap();
+        let layer = DiffId(Digest::of(crate::model::Algorithm::Sha256, b"x"));
+        for os in ["", r#""os":"linux","#, r#""os":"linux","os.features":["other"],"#] {
+            let original = parse(text("sh", os));
+            let twin = original.with_layers(&[layer], true).unwrap();
+            assert!(original.corresponds(&twin) && twin.corresponds(&original), "{os}");
+            assert!(
+                !original.corresponds(&twin.with_layers(&[layer, layer], true).unwrap()),
+                "another number of layers"
+            );
+            assert!(!parse(text("rm", os)).corresponds(&twin), "another command");
+        }
+        assert!(!parse(text("sh", r#""os":"linux","#)).corresponds(&parse(text("sh", r#""os":"windows","#))));
     }
 
     #[test]

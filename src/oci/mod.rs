@@ -6,10 +6,12 @@
 mod config;
 mod descriptor;
 mod erofs;
+pub mod labels;
 mod manifest;
 pub mod media;
 mod platform;
 mod reference;
+mod twin;
 
 pub use config::Config;
 pub use descriptor::{DOCUMENT_LIMIT, Descriptor, DocumentError, verify_digest};
@@ -18,8 +20,10 @@ pub use erofs::{
     IndexLocation, LayerFault, LayerKind, LayerPlan, MAX_LAYERS, PlanError, Role, StackedLayer, TarCompression, Verity,
     index_descriptor, layer_annotations, layer_descriptor, layer_media_type, layer_role,
 };
+pub use labels::{LabelError, SnapshotLabels};
 pub use manifest::{Document, Index, Manifest};
 pub use platform::{EROFS_FEATURE, Platform, PlatformError, PlatformRecord, Prefer, select};
 pub use reference::{
     ArchiveImage, DEFAULT_HOST, DEFAULT_TAG, ImageName, LayoutImage, Reason, Reference, ReferenceError, Selector,
 };
+pub use twin::{TWIN_OF, find_twin};

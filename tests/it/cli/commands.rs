@@ -39,6 +39,8 @@ fn appending_keeps_the_original_first() {
     assert_eq!(entries[0]["digest"], told["images"][0]["source"]);
     assert_eq!(entries[1]["digest"], told["images"][0]["manifest"]);
     assert_eq!(entries[1]["platform"]["os.features"][0], "erofs");
+    // And who is asked for the first one can serve the second.
+    assert_eq!(entries[1]["annotations"]["io.github.headstart-fs.twin-of"], entries[0]["digest"]);
     // Mounting and listing take the lazy one.
     assert_eq!(stage.ok(&["ls", &reference(&both)]), "a\n");
     assert_eq!(stage.json(&["inspect", &reference(&both)])["mountable"], true);

@@ -29,6 +29,7 @@
 //! | 6 | `serve` | a read-only distribution endpoint for experiments |
 //! | 6 | `control` | the local socket the command line talks to |
 //! | 7 | `daemon` | configuration, wiring, shutdown |
+//! | 7 | `doctor` | what has to be done on this machine so that everything works |
 //! | 7 | `testkit` | generators, faulty peers and judges for tests (feature `testkit`) |
 //! | 8 | `cli` | arguments, commands, exit codes |
 
@@ -38,6 +39,7 @@ pub mod cli;
 pub mod control;
 pub mod convert;
 pub mod daemon;
+pub mod doctor;
 pub mod drivers;
 pub mod erofs;
 pub mod fetch;

@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::daemon::config::LogLevel;
+use crate::doctor::ContainerdVersion;
 use crate::drivers::{self, Wanted};
 use crate::oci::{Platform, Reference};
 use crate::serve::Bandwidth;
@@ -66,6 +67,8 @@ impl From<Level> for LogLevel {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    #[command(name = "containerd-config")]
+    ContainerdConfig(ContainerdConfig),
     Convert(Convert),
     Daemon(Daemon),
     Mount(Mount),
@@ -84,6 +87,19 @@ pub(crate) enum Command {
     Serve(Serve),
     Completions(Completions),
     Man(Man),
+}
+
+/// Print what containerd's configuration needs so that this is its snapshotter, each line with its reason.
+///
+/// The root and the socket are those of this configuration. containerd reads its own only when it starts.
+#[derive(Debug, Args)]
+pub(crate) struct ContainerdConfig {
+    /// For this version of containerd, for example 1.7 or 2.1.4 [default: what `containerd --version` says]
+    #[arg(long, value_name = "VERSION")]
+    pub(crate) version: Option<ContainerdVersion>,
+    /// containerd's main configuration file, whose format version is kept
+    #[arg(long, value_name = "FILE", default_value = "/etc/containerd/config.toml")]
+    pub(crate) file: PathBuf,
 }
 
 /// Convert an image into one that can be mounted lazily.
@@ -390,6 +406,8 @@ mod tests {
             "status --json --root /r --config /c --log-level debug",
             "serve oci:a --listen 127.0.0.1:0 --latency 20 --bandwidth 1Gbit --access-log /l",
             "serve oci:a --latency 20ms",
+            "containerd-config",
+            "containerd-config --version 2.1.4 --file /host/etc/containerd/config.toml",
             "completions zsh",
             "man /m",
         ] {
@@ -414,6 +432,7 @@ mod tests {
             "serve oci:a --listen here",
             "serve oci:a --latency soon",
             "serve oci:a --bandwidth wide",
+            "containerd-config --version new",
         ] {
             let words = std::iter::once("headstart").chain(line.split_whitespace());
             assert!(Arguments::try_parse_from(words).is_err(), "{line:?} was taken");

@@ -43,6 +43,7 @@ pub fn main() -> ExitCode {
 
 fn run(context: &Context, command: Command) -> anyhow::Result<ExitCode> {
     match command {
+        Command::ContainerdConfig(arguments) => commands::doctor::containerd_config(context, &arguments),
         Command::Mount(arguments) => commands::mount::mount(context, &arguments),
         Command::Umount(arguments) => commands::umount::umount(context, &arguments),
         Command::Daemon(_) => commands::daemon::run(context),

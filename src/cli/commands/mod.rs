@@ -3,6 +3,7 @@
 pub(crate) mod cleanup;
 pub(crate) mod convert;
 pub(crate) mod daemon;
+pub(crate) mod doctor;
 pub(crate) mod files;
 pub(crate) mod look;
 pub(crate) mod manual;

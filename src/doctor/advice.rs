@@ -1,0 +1,243 @@
+//! What to write into containerd's configuration, by containerd's version.
+//!
+//! Each line has its reason beside it. What is advised here is what [`super::containerd`] finds nothing wrong with; a test
+//! holds both together for every version.
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use super::version::ContainerdVersion;
+
+/// What the snapshotter is called in containerd's configuration.
+pub const NAME: &str = "headstart";
+
+/// How many layers of an image containerd 2.4 unpacks at once. Its default is 1; more only makes sense with `rebase`.
+const UNPACKS: u32 = 4;
+
+/// For whom the lines are.
+#[derive(Debug, Clone, Copy)]
+pub struct Reader<'a> {
+    /// Which containerd.
+    pub version: ContainerdVersion,
+    /// The `version` that containerd's main configuration file says, if there is one: files that it imports have to say the
+    /// same.
+    pub file_version: Option<i64>,
+    /// Where our snapshotter listens.
+    pub socket: &'a Path,
+    /// Where our layers are kept.
+    pub root: &'a Path,
+    /// This machine's processor, as Go calls it.
+    pub architecture: &'a str,
+}
+
+/// The whole file.
+pub fn file(reader: &Reader<'_>) -> String {
+    let Reader { version, .. } = *reader;
+    let mut text = format!("# containerd {}.{} with Headstart as its snapshotter.\n", version.major, version.minor);
+    if version.merges_plugins() {
+        text.push_str(
+            "# It may stand in a file of its own, if the `imports` of /etc/containerd/config.toml name it; there, `version` has to\n\
+             # be that of the importing file: with another one containerd 2.0 to 2.2 forget settings, and 2.3 does not start.\n",
+        );
+    } else {
+        text.push_str(
+            "# A file that containerd 1.x imports replaces whole plugins: [proxy_plugins] may stand in a file of its own, but the lines\n\
+             # of the CRI plugin belong into the file that has its other settings, which is /etc/containerd/config.toml in most cases.\n",
+        );
+    }
+    text.push_str("# containerd reads all of this when it starts.\n");
+    writeln!(text, "version = {}\n", file_version(reader)).expect("writing to a string never fails");
+    text.push_str(&proxy_plugin(reader));
+    if version.has_images_plugin() {
+        text.push('\n');
+        text.push_str(&unpack_config(reader));
+    }
+    text.push('\n');
+    text.push_str(&images(reader));
+    text
+}
+
+/// The `version` that a file for this reader says.
+pub(super) fn file_version(reader: &Reader<'_>) -> i64 {
+    match reader.file_version {
+        Some(said) if reader.version.merges_plugins() && (2..=4).contains(&said) => said,
+        _ if reader.version.merges_plugins() => 3,
+        _ => 2,
+    }
+}
+
+/// The entry of `proxy_plugins`.
+pub(super) fn proxy_plugin(reader: &Reader<'_>) -> String {
+    let Reader { version, .. } = *reader;
+    let mut text = String::new();
+    let mut line = |line: &str| {
+        text.push_str(line);
+        text.push('\n');
+    };
+    line(
+        "# Where containerd finds the snapshotter. The socket has to be there before somebody pulls or runs: start Headstart first.",
+    );
+    line(&format!("[proxy_plugins.{NAME}]"));
+    line("  type = \"snapshot\"");
+    line(&format!("  address = {}", quoted(reader.socket)));
+    if version.stages() {
+        line(
+            "  # Layers of one image may be unpacked at once. Not before 2.4: 2.2 and 2.3 then keep only the top layer of a lazy image.",
+        );
+        line("  capabilities = [\"rebase\"]");
+    }
+    if version.has_exports() {
+        line(&format!("  [proxy_plugins.{NAME}.exports]"));
+        line("    # CRI measures here how much of the disk images take.");
+        line(&format!("    root = {}", quoted(reader.root)));
+    }
+    if version.has_annotations_export() {
+        line("    # Labels that say which image a layer belongs to: without them no layer is lazy.");
+        line("    enable_remote_snapshot_annotations = \"true\"");
+    }
+    text
+}
+
+/// What the transfer service has to know (containerd 2).
+pub(super) fn unpack_config(reader: &Reader<'_>) -> String {
+    const PLUGIN: &str = "plugins.'io.containerd.transfer.v1.local'";
+    let Reader { version, architecture, .. } = *reader;
+    let mut text = String::new();
+    let mut line = |line: &str| {
+        text.push_str(line);
+        text.push('\n');
+    };
+    line("# What unpacks for whom. Without an entry for the snapshotter, pulls fail: \"no unpack platforms defined\".");
+    line(&format!("[{PLUGIN}]"));
+    if version.stages() {
+        line("  # So many layers of an image at once; the default is 1.");
+        line(&format!("  max_concurrent_unpacks = {UNPACKS}"));
+    }
+    let mut entry = |why: Option<&str>, platform: &str, snapshotter: &str| {
+        if let Some(why) = why {
+            line(&format!("  # {why}"));
+        }
+        line(&format!("  [[{PLUGIN}.unpack_config]]"));
+        line(&format!("    platform = \"{platform}\""));
+        line(&format!("    snapshotter = \"{snapshotter}\""));
+        line("    differ = \"walking\"");
+    };
+    if version.knows_erofs_layers() {
+        let why = "Images that have nothing but EROFS layers; before 2.3 such layers were none.";
+        entry(Some(why), &format!("linux(+erofs)/{architecture}"), NAME);
+    }
+    let plain = format!("linux/{architecture}");
+    entry(None, &plain, NAME);
+    entry(Some("A list replaces the default, which is this:"), &plain, "overlayfs");
+    text
+}
+
+/// What CRI has to know.
+pub(super) fn images(reader: &Reader<'_>) -> String {
+    let Reader { version, .. } = *reader;
+    let plugin = images_plugin(version);
+    let mut text = format!(
+        "# All images and containers of Kubernetes. Leave it out if only `ctr` and other clients shall use Headstart.\n[{plugin}]\n  \
+         snapshotter = \"{NAME}\"\n"
+    );
+    if version.has_annotations_export() {
+        text.push_str(
+            "  # Not `disable_snapshot_annotations = false`: that was the switch before 2.1, and now has CRI pull without the transfer\n  \
+             # service. The export above is the switch.\n",
+        );
+    } else {
+        text.push_str(
+            "  # Labels that say which image a layer belongs to: without them no layer is lazy.\n  \
+             disable_snapshot_annotations = false\n",
+        );
+    }
+    text
+}
+
+/// The table in which CRI's snapshotter is said.
+pub(super) fn images_plugin(version: ContainerdVersion) -> &'static str {
+    match version.has_images_plugin() {
+        true => "plugins.'io.containerd.cri.v1.images'",
+        false => "plugins.\"io.containerd.grpc.v1.cri\".containerd",
+    }
+}
+
+/// A path as TOML has it.
+pub(super) fn quoted(path: &Path) -> String {
+    toml::Value::String(path.to_string_lossy().into_owned()).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn advised(version: &str, file_version: Option<i64>) -> toml::Table {
+        let reader = Reader {
+            version: version.parse().unwrap(),
+            file_version,
+            socket: Path::new("/run/head\"start/headstart.sock"),
+            root: Path::new("/var/lib/headstart"),
+            architecture: "amd64",
+        };
+        toml::from_str(&file(&reader)).unwrap()
+    }
+
+    fn text(value: Option<&toml::Value>) -> Option<&str> {
+        value.and_then(toml::Value::as_str)
+    }
+
+    #[test]
+    fn each_version_gets_what_it_understands() {
+        for (version, exports, annotations, rebase, platforms) in [
+            ("1.6.20", false, false, false, &[][..]),
+            ("1.7.24", true, false, false, &[]),
+            ("2.0.0", true, false, false, &["linux/amd64", "linux/amd64"]),
+            ("2.1.9", true, true, false, &["linux/amd64", "linux/amd64"]),
+            ("2.2.7", true, true, false, &["linux/amd64", "linux/amd64"]),
+            ("2.3.4", true, true, false, &["linux(+erofs)/amd64", "linux/amd64", "linux/amd64"]),
+            ("2.4.0", true, true, true, &["linux(+erofs)/amd64", "linux/amd64", "linux/amd64"]),
+        ] {
+            let table = advised(version, None);
+            let proxy = &table["proxy_plugins"][NAME];
+            assert_eq!(text(proxy.get("address")), Some("/run/head\"start/headstart.sock"), "{version}");
+            assert_eq!(text(proxy.get("type")), Some("snapshot"), "{version}");
+            assert_eq!(proxy.get("capabilities").is_some(), rebase, "{version}");
+            let exported = proxy.get("exports");
+            assert_eq!(text(exported.and_then(|e| e.get("root"))).is_some(), exports, "{version}");
+            let switch = text(exported.and_then(|e| e.get("enable_remote_snapshot_annotations")));
+            assert_eq!(switch, annotations.then_some("true"), "{version}");
+            let plugins = &table["plugins"];
+            let cri = match version.starts_with('1') {
+                true => &plugins["io.containerd.grpc.v1.cri"]["containerd"],
+                false => &plugins["io.containerd.cri.v1.images"],
+            };
+            assert_eq!(text(cri.get("snapshotter")), Some(NAME), "{version}");
+            let switch = cri.get("disable_snapshot_annotations").and_then(toml::Value::as_bool);
+            assert_eq!(switch, (!annotations).then_some(false), "{version}");
+            let entries = plugins.get("io.containerd.transfer.v1.local").map(|transfer| {
+                assert_eq!(transfer.get("max_concurrent_unpacks").is_some(), rebase, "{version}");
+                let entries = transfer["unpack_config"].as_array().unwrap();
+                entries.iter().map(|entry| entry["platform"].as_str().unwrap()).collect::<Vec<_>>()
+            });
+            assert_eq!(entries.unwrap_or_default(), platforms, "{version}");
+        }
+    }
+
+    #[test]
+    fn a_file_says_the_version_of_the_one_that_imports_it() {
+        for (version, said, expected) in [
+            ("1.6", None, 2),
+            ("1.7", Some(1), 2),
+            ("1.7", Some(2), 2),
+            ("2.0", None, 3),
+            ("2.1", Some(2), 2),
+            ("2.1", Some(3), 3),
+            ("2.3", Some(4), 4),
+            ("2.3", Some(1), 3),
+            ("2.3", Some(-7), 3),
+        ] {
+            let table = advised(version, said);
+            assert_eq!(table["version"].as_integer(), Some(expected), "{version}, {said:?}");
+        }
+    }
+}

@@ -16,6 +16,8 @@ pub enum Unit {
     Seconds,
     /// Mounts.
     Mounts,
+    /// Calls of containerd.
+    Calls,
     /// Yes (1) or no (0).
     Truth,
 }
@@ -27,6 +29,7 @@ impl Unit {
             Self::Bytes => "_bytes",
             Self::Chunks => "_chunks",
             Self::Requests => "_requests",
+            Self::Calls => "_calls",
             Self::Seconds => "_seconds",
             Self::Mounts | Self::Truth => "",
         }
@@ -70,4 +73,20 @@ pub const HOST_METRICS: [Metric; HOST_METRICS_LEN] = [
     metric("uptime", Unit::Seconds, "time since the daemon began"),
     metric("resident", Unit::Bytes, "memory that the daemon occupies"),
     metric("ready", Unit::Truth, "whether the mounts of a daemon before this one are back"),
+];
+
+/// The calls of containerd's snapshots service, by the name that they have in logs and as label `call` of metrics.
+pub const CALLS: [&str; CALLS_LEN] =
+    ["prepare", "view", "mounts", "commit", "remove", "stat", "update", "list", "usage", "cleanup"];
+
+/// How many they are.
+pub const CALLS_LEN: usize = 10;
+
+/// Bounds of the histogram of how long calls take, in seconds: from what a record takes to what a registry may.
+pub const CALL_SECONDS: [f64; 6] = [0.001, 0.005, 0.025, 0.1, 1.0, 10.0];
+
+/// What containerd's calls cost; the second is a histogram.
+pub const CALL_METRICS: [Metric; 2] = [
+    metric("containerd_failed", Unit::Calls, "calls of containerd that were refused or failed"),
+    metric("containerd_call", Unit::Seconds, "how long calls of containerd took"),
 ];

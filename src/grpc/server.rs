@@ -1,0 +1,99 @@
+//! The socket, and what is served behind it.
+
+use std::fs::{self, Permissions};
+use std::io;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::Stream;
+use tokio::net::{UnixListener, UnixStream};
+use tonic::transport::Server;
+
+use super::proto::containerd::services::snapshots::v1::snapshots_server::SnapshotsServer;
+use super::service::Service;
+use super::{Calls, Snapshotter};
+
+/// How long to wait when the process has no descriptors left for a new connection.
+const BREATH: Duration = Duration::from_millis(100);
+
+/// Why nothing is served.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// No socket.
+    #[error("cannot open the socket {}", .path.display())]
+    Bind {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The server ended by itself.
+    #[error("the service for containerd ended")]
+    Ended(#[source] tonic::transport::Error),
+}
+
+/// What is served.
+#[derive(Clone)]
+pub struct Services {
+    /// The snapshots.
+    pub snapshotter: Arc<dyn Snapshotter>,
+    /// Where calls are counted.
+    pub calls: Arc<Calls>,
+}
+
+impl std::fmt::Debug for Services {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Services").finish_non_exhaustive()
+    }
+}
+
+/// A socket on which only root (or whoever runs this) is heard. What a process that is gone left there is replaced; the
+/// caller knows that no living one uses the path, and runs inside of a tokio runtime.
+///
+/// # Errors
+/// What the kernel says.
+pub fn bind(path: &Path) -> Result<UnixListener, ServeError> {
+    let failed = |source| ServeError::Bind { path: path.to_owned(), source };
+    if let Some(directory) = path.parent() {
+        fs::create_dir_all(directory).map_err(failed)?;
+    }
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+        _ => {}
+    }
+    let listener = UnixListener::bind(path).map_err(failed)?;
+    fs::set_permissions(path, Permissions::from_mode(0o600)).map_err(failed)?;
+    Ok(listener)
+}
+
+/// Answers on `listener` until `shutdown` is done, and then those who have asked before.
+///
+/// # Errors
+/// The server ended by itself.
+pub async fn serve(
+    listener: UnixListener,
+    services: Services,
+    shutdown: impl Future<Output = ()> + Send,
+) -> Result<(), ServeError> {
+    let service = SnapshotsServer::new(Service::new(services.snapshotter, services.calls));
+    let serving = Server::builder().add_service(service).serve_with_incoming_shutdown(accepted(listener), shutdown);
+    serving.await.map_err(ServeError::Ended)
+}
+
+/// Connections as they come. Being out of descriptors passes.
+fn accepted(listener: UnixListener) -> impl Stream<Item = io::Result<UnixStream>> {
+    futures::stream::unfold(listener, async |listener| {
+        loop {
+            match listener.accept().await {
+                Ok((connection, _)) => return Some((Ok(connection), listener)),
+                Err(error) => {
+                    tracing::warn!(%error, "a connection from containerd is not taken yet");
+                    tokio::time::sleep(BREATH).await;
+                }
+            }
+        }
+    })
+}

@@ -161,20 +161,20 @@ fn is_locked(place: &Path) -> bool {
 }
 
 /// Files that back loop devices or are mounted themselves.
-struct Shown {
+pub(super) struct Shown {
     paths: HashSet<PathBuf>,
     /// Device and inode, for files whose names the kernel tells otherwise.
     inodes: HashSet<(u64, u64)>,
 }
 
 impl Shown {
-    fn has(&self, image: &Path) -> bool {
+    pub(super) fn has(&self, image: &Path) -> bool {
         let inode = || fs::metadata(image).is_ok_and(|m| self.inodes.contains(&(m.dev(), m.ino())));
         self.paths.contains(image) || inode()
     }
 }
 
-fn shown_by_the_kernel() -> Shown {
+pub(super) fn shown_by_the_kernel() -> Shown {
     let loops = loop_devices().unwrap_or_default();
     let of_loop = |number| LoopDevice::open(number).and_then(|device| device.status()).ok();
     let inodes = loops.iter().filter_map(|device| of_loop(device.number)).map(|status| (status.device, status.inode));

@@ -9,6 +9,7 @@
 //!     index       the payload of the chunk index
 //!     meta.json   what this is, and whether all of it has been verified
 //!     lock guard  advisory locks: shared while used, exclusive for removal; exclusive for short changes
+//!     pin writing the same: shared by whoever needs all of it or writes a chunk, exclusive while chunks go
 //! <root>/documents/<algorithm>/<hex>               manifests, configs: small blobs kept whole
 //! <root>/refs/<hex>.json                           what a reference pointed to when it was last seen
 //! <root>/state/snapshots.redb                      snapshots, layers and images: see [`records`]
@@ -43,7 +44,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 pub use bits::BootId;
-pub use blob::BlobFile;
+pub use blob::{BlobFile, Pin, Punched};
 pub use documents::Reference;
 pub use error::StoreError;
 pub use evict::{CacheEntry, CacheGoal, Evicted};

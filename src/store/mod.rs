@@ -121,6 +121,11 @@ impl Store {
         Ok(store)
     }
 
+    /// Bytes of images that this process has written so far: whether it is time to look at the size of the cache.
+    pub fn bytes_written(&self) -> u64 {
+        self.syncer.bytes_written()
+    }
+
     /// The directory everything lies below.
     pub fn root(&self) -> &Path {
         &self.root
@@ -219,6 +224,7 @@ impl Store {
 
     fn keep(&self, writer: &WholeWriter, diff_id: DiffId, tar: Option<DiffId>) -> Result<Arc<BlobFile>, StoreError> {
         writer.finish(diff_id, tar)?;
+        self.syncer.count(writer.size());
         loop {
             let published = writer.publish()?;
             match self.existing(writer.blob(), writer.anchor())? {

@@ -74,8 +74,17 @@ mod tests {
 
     #[test]
     fn numbers_stand_with_their_names() {
-        let counters =
-            Counters { fetched: 1, needed: 2, read: 3, chunks: 4, requests: 5, retries: 6, corrupt: 7, disk_full: 8, evicted: 9 };
+        let counters = Counters {
+            fetched: 1,
+            needed: 2,
+            read: 3,
+            chunks: 4,
+            requests: 5,
+            retries: 6,
+            corrupt: 7,
+            disk_full: 8,
+            evicted: 9,
+        };
         let text = text(&counters, &[9, 10, 11, 1]);
         let lines: Vec<&str> = text.lines().filter(|line| !line.starts_with('#')).collect();
         assert_eq!(

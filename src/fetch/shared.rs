@@ -149,7 +149,8 @@ impl Shared {
 
     /// The layers that can be had in pieces.
     pub(super) fn open_layers(&self) -> Vec<Arc<LayerImage>> {
-        let known: Vec<Weak<LayerImage>> = self.lock().layers.known.values().map(|(_, layer)| Weak::clone(layer)).collect();
+        let known: Vec<Weak<LayerImage>> =
+            self.lock().layers.known.values().map(|(_, layer)| Weak::clone(layer)).collect();
         known.iter().filter_map(Weak::upgrade).collect()
     }
 

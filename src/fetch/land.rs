@@ -39,14 +39,10 @@ impl Landing {
 
     /// Hands the chunk to the CPU pool.
     pub(super) fn queue(self, cause: Cause) {
-        if let Some(chunked) = self.layer.chunked() {
-            if matches!(cause, Cause::ReadAhead | Cause::Replay) {
-                chunked.guessed(self.key.chunk);
-            }
-            // It came for somebody who has not read it yet.
-            if cause != Cause::Fill {
-                chunked.recent.used(self.key.chunk..self.key.chunk + 1);
-            }
+        if matches!(cause, Cause::ReadAhead | Cause::Replay)
+            && let Some(chunked) = self.layer.chunked()
+        {
+            chunked.guessed(self.key.chunk);
         }
         let shared = Arc::clone(&self.layer.shared);
         shared.cpu.run(Urgency::Chunk(cause), move || self.land());
@@ -97,18 +93,16 @@ impl Landing {
             FetchError::Corrupt { blob, chunk, origin, source }
         })?;
         add(&counting.chunks, 1);
-        let written = chunked.file.write_chunk(self.key.chunk, self.chunk.image.start(), out);
-        if !matches!(written, Ok(true)) {
+        if let Err(error) = chunked.file.write_chunk(self.key.chunk, self.chunk.image.start(), out) {
             // What cannot be kept is served all the same.
             layer.shared.spare.insert(self.key, out);
-        }
-        written.or_else(|error| {
             if error.is_full() {
                 add(&counting.disk_full, 1);
             }
             layer.complain_about_store(&error);
-            Ok(false)
-        })
+            return Ok(false);
+        }
+        Ok(true)
     }
 
     fn settle(&mut self, result: &Result<(), Arc<FetchError>>) {

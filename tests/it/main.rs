@@ -5,6 +5,7 @@
 mod architecture;
 mod chunked;
 mod cli;
+mod containerd;
 mod convert_image;
 mod convert_layer;
 mod daemon;

@@ -13,6 +13,7 @@ use base64::Engine as _;
 use headstart::oci::{Platform, Reference};
 use headstart::registry::{Client, ClientConfig, CredentialConfig, Credentials, Patience, Pushed, Secret, Upload};
 use headstart::transport::{TransportError, Transports};
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::transport::{Tiny, assert_holds, skopeo, tiny};
 
@@ -31,7 +32,7 @@ impl Drop for Process {
 }
 
 impl Process {
-    fn start(command: &mut Command, log: &Path) -> Self {
+    pub(crate) fn start(command: &mut Command, log: &Path) -> Self {
         let file = std::fs::File::create(log).unwrap();
         let child = command
             .stdin(Stdio::null())
@@ -40,6 +41,16 @@ impl Process {
             .spawn()
             .unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
         Self { child, log: log.to_owned() }
+    }
+
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends `signal` and waits for the end.
+    pub(crate) fn end(mut self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+        self.child.wait().unwrap();
     }
 
     /// Waits until it listens. False if it ended, for example because somebody took the port.

@@ -263,7 +263,7 @@ pub(crate) fn noise(seed: u64, length: usize) -> Vec<u8> {
     bytes
 }
 
-pub(super) fn entry(path: &str, kind: EntryKind, permissions: u16) -> LayerEntry {
+pub(crate) fn entry(path: &str, kind: EntryKind, permissions: u16) -> LayerEntry {
     let metadata = Metadata {
         permissions,
         uid: 0,

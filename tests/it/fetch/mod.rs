@@ -1,6 +1,5 @@
 //! The download path against a source that follows a script.
 
-mod evictions;
 mod fills;
 mod hardship;
 mod layers;

@@ -1,0 +1,137 @@
+//! The container runtime interface of a real containerd, as kubelet calls it.
+
+use std::path::Path;
+use std::time::Duration;
+
+use headstart::grpc::connect;
+use headstart::grpc::proto::runtime::v1::image_service_client::ImageServiceClient;
+use headstart::grpc::proto::runtime::v1::runtime_service_client::RuntimeServiceClient;
+use headstart::grpc::proto::runtime::v1::{
+    ContainerConfig, ContainerMetadata, CreateContainerRequest, ExecSyncRequest, ImageSpec, LinuxPodSandboxConfig,
+    LinuxSandboxSecurityContext, NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata,
+    PullImageRequest, RemoveImageRequest, RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest,
+    StopPodSandboxRequest, VersionRequest,
+};
+use tonic::Status;
+use tonic::transport::Channel;
+
+/// Longest time a call may take: pulls on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(180);
+
+/// A pod that runs.
+#[derive(Debug, Clone)]
+pub(super) struct Pod {
+    id: String,
+    config: PodSandboxConfig,
+}
+
+/// The runtime interface of one containerd. Every call answers within [`PATIENCE`] or is an error.
+#[derive(Debug)]
+pub(super) struct Cri {
+    runtime: tokio::runtime::Runtime,
+    channel: Channel,
+}
+
+fn spec(image: &str) -> Option<ImageSpec> {
+    Some(ImageSpec { image: image.to_owned(), ..ImageSpec::default() })
+}
+
+fn words(command: &[&str]) -> Vec<String> {
+    command.iter().map(|&word| word.to_owned()).collect()
+}
+
+impl Cri {
+    /// Connects when it is first used.
+    pub(super) fn of(socket: &Path) -> Self {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let channel = runtime.block_on(async { connect(socket) });
+        Self { runtime, channel }
+    }
+
+    fn images(&self) -> ImageServiceClient<Channel> {
+        ImageServiceClient::new(self.channel.clone())
+    }
+
+    fn runtimes(&self) -> RuntimeServiceClient<Channel> {
+        RuntimeServiceClient::new(self.channel.clone())
+    }
+
+    fn wait<A>(&self, call: impl Future<Output = Result<tonic::Response<A>, Status>>) -> Result<A, Status> {
+        self.runtime.block_on(async {
+            match tokio::time::timeout(PATIENCE, call).await {
+                Ok(answer) => answer.map(tonic::Response::into_inner),
+                Err(_) => Err(Status::deadline_exceeded(format!("no answer in {PATIENCE:?}"))),
+            }
+        })
+    }
+
+    /// Whether it answers at all.
+    pub(super) fn is_ready(&self) -> bool {
+        self.wait(self.runtimes().version(VersionRequest::default())).is_ok()
+    }
+
+    /// Pulls and unpacks; the answer is the image's identifier.
+    pub(super) fn pull(&self, image: &str) -> Result<String, Status> {
+        let request = PullImageRequest { image: spec(image), ..PullImageRequest::default() };
+        self.wait(self.images().pull_image(request)).map(|answer| answer.image_ref)
+    }
+
+    pub(super) fn remove_image(&self, image: &str) -> Result<(), Status> {
+        self.wait(self.images().remove_image(RemoveImageRequest { image: spec(image) })).map(drop)
+    }
+
+    /// A pod without a network of its own.
+    pub(super) fn run_pod(&self, name: &str) -> Result<Pod, Status> {
+        let network = NamespaceOption { network: NamespaceMode::Node.into(), ..NamespaceOption::default() };
+        let context =
+            LinuxSandboxSecurityContext { namespace_options: Some(network), ..LinuxSandboxSecurityContext::default() };
+        let metadata = PodSandboxMetadata {
+            name: name.to_owned(),
+            uid: name.to_owned(),
+            namespace: "tests".to_owned(),
+            ..PodSandboxMetadata::default()
+        };
+        let linux = LinuxPodSandboxConfig { security_context: Some(context), ..LinuxPodSandboxConfig::default() };
+        let config = PodSandboxConfig { metadata: Some(metadata), linux: Some(linux), ..PodSandboxConfig::default() };
+        let request = RunPodSandboxRequest { config: Some(config.clone()), ..RunPodSandboxRequest::default() };
+        let id = self.wait(self.runtimes().run_pod_sandbox(request))?.pod_sandbox_id;
+        Ok(Pod { id, config })
+    }
+
+    /// A container in a pod, started.
+    pub(super) fn run_container(&self, pod: &Pod, image: &str, command: &[&str]) -> Result<String, Status> {
+        let config = ContainerConfig {
+            metadata: Some(ContainerMetadata { name: "main".to_owned(), ..ContainerMetadata::default() }),
+            image: spec(image),
+            command: words(command),
+            ..ContainerConfig::default()
+        };
+        let request = CreateContainerRequest {
+            pod_sandbox_id: pod.id.clone(),
+            config: Some(config),
+            sandbox_config: Some(pod.config.clone()),
+        };
+        let container_id = self.wait(self.runtimes().create_container(request))?.container_id;
+        self.wait(self.runtimes().start_container(StartContainerRequest { container_id: container_id.clone() }))?;
+        Ok(container_id)
+    }
+
+    /// What a command in a container prints that must succeed.
+    pub(super) fn exec(&self, container: &str, command: &[&str]) -> Result<String, Status> {
+        let request = ExecSyncRequest { container_id: container.to_owned(), cmd: words(command), timeout: 0 };
+        let answer = self.wait(self.runtimes().exec_sync(request))?;
+        let text = String::from_utf8_lossy(&answer.stdout).into_owned();
+        if answer.exit_code == 0 {
+            return Ok(text);
+        }
+        let errors = String::from_utf8_lossy(&answer.stderr);
+        Err(Status::unknown(format!("{command:?} ended with {}: {text}{errors}", answer.exit_code)))
+    }
+
+    /// Stops and removes a pod with its containers.
+    pub(super) fn remove_pod(&self, pod: &Pod) -> Result<(), Status> {
+        let pod_sandbox_id = pod.id.clone();
+        self.wait(self.runtimes().stop_pod_sandbox(StopPodSandboxRequest { pod_sandbox_id: pod_sandbox_id.clone() }))?;
+        self.wait(self.runtimes().remove_pod_sandbox(RemovePodSandboxRequest { pod_sandbox_id })).map(drop)
+    }
+}

@@ -1,0 +1,43 @@
+//! Images that nobody converted: containerd downloads and applies their layers, into the mounts that we return.
+
+use super::image;
+use super::stage::{K8S, OURS, Stage, Version};
+
+/// Pulled through the runtime interface and through `ctr`, run, and seen as under overlayfs.
+fn is_seen_as_under_overlayfs(version: Version) {
+    let stage = Stage::new(version);
+    let every = stage.publish("every", &image::every_kind());
+    let many = stage.publish("many", &image::many(60));
+    stage.cri_pull(&every);
+    stage.ctr_pull("default", OURS, &many);
+    for (namespace, image) in [(K8S, &every), ("default", &many)] {
+        let container = stage.start(namespace, OURS, image);
+        let seen = container.sees();
+        assert!(seen.count() > 20, "{seen:?}");
+        seen.assert_equals(&stage.judge(image));
+        // What is written stays in the container.
+        container.exec("echo changed > /etc/passwd; test \"$(cat /etc/passwd)\" = changed");
+        let other = stage.start(namespace, OURS, image);
+        assert!(other.exec("cat /etc/passwd").starts_with("root:"));
+        other.end();
+        container.end();
+    }
+}
+
+#[test]
+#[ignore = "until the daemon serves containerd"]
+fn containerd_1_6_applies_layers_into_our_mounts() {
+    is_seen_as_under_overlayfs(Version::V1_6);
+}
+
+#[test]
+#[ignore = "until the daemon serves containerd"]
+fn containerd_1_7_applies_layers_into_our_mounts() {
+    is_seen_as_under_overlayfs(Version::V1_7);
+}
+
+#[test]
+#[ignore = "until the daemon serves containerd"]
+fn containerd_2_1_applies_layers_into_our_mounts() {
+    is_seen_as_under_overlayfs(Version::V2_1);
+}

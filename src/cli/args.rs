@@ -71,6 +71,7 @@ pub(crate) enum Command {
     ContainerdConfig(ContainerdConfig),
     Convert(Convert),
     Daemon(Daemon),
+    Doctor(Doctor),
     Mount(Mount),
     #[command(alias = "unmount")]
     Umount(Umount),
@@ -100,6 +101,22 @@ pub(crate) struct ContainerdConfig {
     /// containerd's main configuration file, whose format version is kept
     #[arg(long, value_name = "FILE", default_value = "/etc/containerd/config.toml")]
     pub(crate) file: PathBuf,
+}
+
+/// Look for what keeps this machine from lazy images: kernel, disk, registries, the daemon, containerd's configuration.
+///
+/// Changes nothing. Each finding says what to write or to run. Exits with 1 if something must be done.
+#[derive(Debug, Args)]
+pub(crate) struct Doctor {
+    /// containerd's main configuration file
+    #[arg(long, value_name = "FILE", default_value = "/etc/containerd/config.toml")]
+    pub(crate) containerd_config: PathBuf,
+    /// Take containerd for this version instead of asking it
+    #[arg(long, value_name = "VERSION")]
+    pub(crate) containerd_version: Option<ContainerdVersion>,
+    /// Tell only what is not as it should be
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
 }
 
 /// Convert an image into one that can be mounted lazily.
@@ -408,6 +425,8 @@ mod tests {
             "serve oci:a --latency 20ms",
             "containerd-config",
             "containerd-config --version 2.1.4 --file /host/etc/containerd/config.toml",
+            "doctor --json",
+            "doctor -q --containerd-config /host/etc/containerd/config.toml --containerd-version 1.7",
             "completions zsh",
             "man /m",
         ] {

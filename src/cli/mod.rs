@@ -43,6 +43,7 @@ pub fn main() -> ExitCode {
 
 fn run(context: &Context, command: Command) -> anyhow::Result<ExitCode> {
     match command {
+        Command::Doctor(arguments) => commands::doctor::doctor(context, &arguments),
         Command::ContainerdConfig(arguments) => commands::doctor::containerd_config(context, &arguments),
         Command::Mount(arguments) => commands::mount::mount(context, &arguments),
         Command::Umount(arguments) => commands::umount::umount(context, &arguments),

@@ -12,6 +12,7 @@
 //!
 //! Translation only: it decides nothing, and what it serves is behind a trait.
 
+mod ask;
 mod calls;
 mod client;
 pub mod proto;
@@ -21,6 +22,7 @@ mod snapshotter;
 mod status;
 mod translate;
 
+pub use ask::{containerd_version, snapshotter_answers};
 pub use calls::{Calls, Tally};
 pub use client::connect;
 pub use server::{ServeError, Services, bind, serve};

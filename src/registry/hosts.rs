@@ -183,8 +183,41 @@ fn directory_names(registry: &str) -> Vec<String> {
 fn read_bounded(path: &Path) -> std::io::Result<String> {
     use std::io::Read as _;
     let mut text = String::new();
-    std::fs::File::open(path)?.take(FILE_LIMIT).read_to_string(&mut text)?;
-    Ok(text)
+    let read = std::fs::File::open(path)?.take(FILE_LIMIT + 1).read_to_string(&mut text)?;
+    match u64::try_from(read).is_ok_and(|read| read <= FILE_LIMIT) {
+        true => Ok(text),
+        false => Err(std::io::Error::new(std::io::ErrorKind::InvalidData, "the file is longer than 1 MiB")),
+    }
+}
+
+/// The files of hosts below `roots` that cannot be used, with the reason: what would fail when an image of that host is
+/// wanted. A root that does not exist has none.
+pub fn faulty_hosts(roots: &[PathBuf]) -> Vec<(PathBuf, String)> {
+    let mut faulty = Vec::new();
+    for directory in roots.iter().flat_map(|root| std::fs::read_dir(root).into_iter().flatten().flatten()) {
+        let path = directory.path().join("hosts.toml");
+        let name = directory.file_name().to_string_lossy().into_owned();
+        let why = match read_bounded(&path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+            Err(error) => error.to_string(),
+            Ok(text) => match parse_hosts(&text, &path, &name) {
+                Err(error) => error.to_string(),
+                Ok(hosts) => {
+                    let client = |(cert, key): &(PathBuf, Option<PathBuf>)| [Some(cert.clone()), key.clone()];
+                    let files = hosts
+                        .iter()
+                        .flat_map(|host| host.ca.iter().cloned().chain(host.client.iter().flat_map(client).flatten()));
+                    match files.into_iter().find(|file| !file.is_file()) {
+                        Some(missing) => format!("there is no {}", missing.display()),
+                        None => continue,
+                    }
+                }
+            },
+        };
+        faulty.push((path, why));
+    }
+    faulty.sort();
+    faulty
 }
 
 /// Reads `text`, which stands in `path`, for `registry`.

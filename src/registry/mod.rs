@@ -31,9 +31,9 @@ pub use client::{Client, ClientConfig, Fetched};
 pub use credentials::{CredentialConfig, CredentialError, Credentials};
 pub use error::{Attempt, Attempts, RegistryError, TryError};
 pub use exchange::MIN_PROGRESS;
-pub use hosts::HostsError;
 #[cfg(feature = "testkit")]
 pub use hosts::servers_in;
+pub use hosts::{HostsError, faulty_hosts};
 pub use push::{BlobContent, Pushed, Upload};
 pub use retry::{Patience, is_transient};
 pub use secret::{SafeUrl, Secret};

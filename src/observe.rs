@@ -52,7 +52,7 @@ const fn metric(name: &'static str, unit: Unit, meaning: &'static str) -> Metric
 }
 
 /// What fetching a layer has cost; the names are those of `fetch::Counters`.
-pub const FETCH_METRICS: [Metric; 8] = [
+pub const FETCH_METRICS: [Metric; 9] = [
     metric("fetched", Unit::Bytes, "bytes that came from the source, chunk index included"),
     metric("needed", Unit::Bytes, "stored bytes of the chunks that readers have touched"),
     metric("read", Unit::Bytes, "bytes of the image that readers asked for and got"),
@@ -61,6 +61,7 @@ pub const FETCH_METRICS: [Metric; 8] = [
     metric("retries", Unit::Requests, "requests sent again because the one before broke off"),
     metric("corrupt", Unit::Chunks, "chunks whose bytes were wrong"),
     metric("disk_full", Unit::Chunks, "chunks that found the disk full"),
+    metric("evicted", Unit::Chunks, "chunks that were evicted to make room"),
 ];
 
 /// How many numbers tell how a serving process stands. A number of its own, because an optimising build cannot take the

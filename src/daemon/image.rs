@@ -14,13 +14,13 @@ use futures::future::try_join_all;
 use tokio::runtime::Handle;
 
 use super::config::Config as Settings;
-use crate::fetch::{FetchConfig, Fetcher, LayerImage};
+use crate::fetch::{FetchConfig, Fetcher, LayerImage, Room};
 use crate::model::{BlobDigest, ByteRange, ChainId, DiffId, ReadAt, ReadAtError};
 use crate::oci::{
     self, Descriptor, Document, ImagePlan, LayoutImage, Manifest, PlanError, Platform, Prefer, Reference, StackedLayer,
 };
 use crate::registry::{Client, ClientConfig, CredentialConfig, Patience};
-use crate::store::{Store, StoreConfig};
+use crate::store::{CacheGoal, Evicted, Store, StoreConfig, StoreError};
 use crate::transport::{ImageSource, ResolvedImage, Transports};
 use crate::unpack::{Progress, unpack_ordinary};
 use crate::vfs::{self, Bring, Layer, Purpose, Vfs};
@@ -211,6 +211,22 @@ impl House {
     pub fn set_fill_bandwidth(&self, rate: Option<u64>) -> anyhow::Result<()> {
         self.fetcher()?.set_fill_bandwidth(rate);
         Ok(())
+    }
+
+    /// Brings the cache to `goal`, as far as that is possible: images that nobody uses go as a whole, then chunks of those
+    /// that this process has open. Waits for the disk.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn make_room(&self, goal: &CacheGoal, dry_run: bool) -> Result<(Evicted, Room), StoreError> {
+        let evicted = self.store.evict(goal, dry_run)?;
+        let freed = if dry_run { evicted.bytes } else { 0 };
+        let excess = goal.excess(evicted.left, self.store.free_bytes()?.saturating_add(freed));
+        let room = match self.fetcher.get() {
+            Some(fetcher) if excess > 0 => fetcher.make_room(excess, dry_run)?,
+            _ => Room::default(),
+        };
+        Ok((evicted, room))
     }
 
     /// Lets changed logins and hosts count from now on.

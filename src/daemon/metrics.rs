@@ -50,8 +50,8 @@ async fn metrics(State(api): State<Arc<Api>>) -> impl IntoResponse {
 /// The numbers in the order of `FETCH_METRICS` and `HOST_METRICS`.
 fn text(counters: &Counters, gauges: &[u64; HOST_METRICS_LEN]) -> String {
     let mut text = String::new();
-    let Counters { fetched, needed, read, chunks, requests, retries, corrupt, disk_full } = *counters;
-    let counted = [fetched, needed, read, chunks, requests, retries, corrupt, disk_full];
+    let Counters { fetched, needed, read, chunks, requests, retries, corrupt, disk_full, evicted } = *counters;
+    let counted = [fetched, needed, read, chunks, requests, retries, corrupt, disk_full, evicted];
     for (metric, value) in FETCH_METRICS.iter().zip(counted) {
         line(&mut text, metric, "_total", "counter", value);
     }
@@ -74,8 +74,17 @@ mod tests {
 
     #[test]
     fn numbers_stand_with_their_names() {
-        let counters =
-            Counters { fetched: 1, needed: 2, read: 3, chunks: 4, requests: 5, retries: 6, corrupt: 7, disk_full: 8 };
+        let counters = Counters {
+            fetched: 1,
+            needed: 2,
+            read: 3,
+            chunks: 4,
+            requests: 5,
+            retries: 6,
+            corrupt: 7,
+            disk_full: 8,
+            evicted: 9,
+        };
         let text = text(&counters, &[9, 10, 11, 1]);
         let lines: Vec<&str> = text.lines().filter(|line| !line.starts_with('#')).collect();
         assert_eq!(
@@ -89,6 +98,7 @@ mod tests {
                 "headstart_retries_requests_total 6",
                 "headstart_corrupt_chunks_total 7",
                 "headstart_disk_full_chunks_total 8",
+                "headstart_evicted_chunks_total 9",
                 "headstart_mounts 9",
                 "headstart_uptime_seconds 10",
                 "headstart_resident_bytes 11",

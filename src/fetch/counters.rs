@@ -21,12 +21,15 @@ pub struct Counters {
     pub corrupt: u64,
     /// Chunks that found the disk full.
     pub disk_full: u64,
+    /// Chunks that were evicted to make room.
+    #[serde(default)]
+    pub evicted: u64,
 }
 
 impl Counters {
     /// Adds what somebody else has counted.
     pub fn add(&mut self, other: &Self) {
-        let Self { fetched, needed, read, chunks, requests, retries, corrupt, disk_full } = other;
+        let Self { fetched, needed, read, chunks, requests, retries, corrupt, disk_full, evicted } = other;
         for (sum, more) in [
             (&mut self.fetched, fetched),
             (&mut self.needed, needed),
@@ -36,6 +39,7 @@ impl Counters {
             (&mut self.retries, retries),
             (&mut self.corrupt, corrupt),
             (&mut self.disk_full, disk_full),
+            (&mut self.evicted, evicted),
         ] {
             *sum = sum.saturating_add(*more);
         }
@@ -53,6 +57,7 @@ pub(super) struct Counting {
     pub(super) retries: AtomicU64,
     pub(super) corrupt: AtomicU64,
     pub(super) disk_full: AtomicU64,
+    pub(super) evicted: AtomicU64,
 }
 
 impl Counting {
@@ -67,6 +72,7 @@ impl Counting {
             retries: of(&self.retries),
             corrupt: of(&self.corrupt),
             disk_full: of(&self.disk_full),
+            evicted: of(&self.evicted),
         }
     }
 }

@@ -112,6 +112,12 @@ pub enum FetchError {
         #[source]
         source: StoreError,
     },
+    /// Chunks of the layer were evicted while the rest was being brought.
+    #[error("cannot keep all of layer {blob}: the cache has no room for it")]
+    NoRoom {
+        /// The layer's blob.
+        blob: BlobDigest,
+    },
     /// It took too long.
     #[error("cannot fetch bytes {range} of layer {blob} within {deadline:?}")]
     Deadline {

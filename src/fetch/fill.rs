@@ -17,6 +17,8 @@ const BATCHES: usize = 2;
 /// A fill under way. Dropped, that is when the last batch is over, it says how it went.
 struct Fill {
     layer: Weak<LayerImage>,
+    /// Evictions before it began.
+    evictions: u64,
     progress: Mutex<Progress>,
     done: Mutex<Option<Done>>,
 }
@@ -39,6 +41,7 @@ impl LayerImage {
         self.hash_on(chunked);
         let fill = Arc::new(Fill {
             layer: Arc::downgrade(self),
+            evictions: self.evictions(),
             progress: Mutex::default(),
             done: Mutex::new(Some(Box::new(done))),
         });
@@ -51,12 +54,8 @@ impl LayerImage {
 impl Fill {
     fn next_batch(self: &Arc<Self>, layer: &Arc<LayerImage>) {
         let Some(range) = self.take_batch(layer) else { return };
-        if layer.shared.store.is_below_reserve() {
-            let (blob, path) = (*layer.blob(), layer.shared.store.root().to_owned());
-            let source = std::io::Error::from(std::io::ErrorKind::StorageFull);
-            let source = StoreError::Full { attempted: "leave the reserve of free space to", path, source };
-            let error = Arc::new(FetchError::Store { blob, source });
-            self.progress.lock().unwrap_or_else(PoisonError::into_inner).failure.get_or_insert(error);
+        if let Some(error) = self.no_room(layer) {
+            self.progress.lock().unwrap_or_else(PoisonError::into_inner).failure.get_or_insert(Arc::new(error));
             return;
         }
         let fill = Arc::clone(self);
@@ -68,6 +67,21 @@ impl Fill {
                 fill.next_batch(&layer);
             }
         });
+    }
+
+    /// Why no more should come for now.
+    fn no_room(&self, layer: &LayerImage) -> Option<FetchError> {
+        let blob = *layer.blob();
+        if layer.evictions() != self.evictions {
+            // What comes drives out what is needed more, or goes next.
+            return Some(FetchError::NoRoom { blob });
+        }
+        layer.shared.store.is_below_reserve().then(|| {
+            let path = layer.shared.store.root().to_owned();
+            let source = std::io::Error::from(std::io::ErrorKind::StorageFull);
+            let source = StoreError::Full { attempted: "leave the reserve of free space to", path, source };
+            FetchError::Store { blob, source }
+        })
     }
 
     /// The bytes of the next chunks that are missing, as a range without chunks that are there at either end.

@@ -39,10 +39,14 @@ impl Landing {
 
     /// Hands the chunk to the CPU pool.
     pub(super) fn queue(self, cause: Cause) {
-        if matches!(cause, Cause::ReadAhead | Cause::Replay)
-            && let Some(chunked) = self.layer.chunked()
-        {
-            chunked.guessed(self.key.chunk);
+        if let Some(chunked) = self.layer.chunked() {
+            if matches!(cause, Cause::ReadAhead | Cause::Replay) {
+                chunked.guessed(self.key.chunk);
+            }
+            // It came for somebody who has not read it yet.
+            if cause != Cause::Fill {
+                chunked.recent.used(self.key.chunk..self.key.chunk + 1);
+            }
         }
         let shared = Arc::clone(&self.layer.shared);
         shared.cpu.run(Urgency::Chunk(cause), move || self.land());
@@ -93,16 +97,18 @@ impl Landing {
             FetchError::Corrupt { blob, chunk, origin, source }
         })?;
         add(&counting.chunks, 1);
-        if let Err(error) = chunked.file.write_chunk(self.key.chunk, self.chunk.image.start(), out) {
+        let written = chunked.file.write_chunk(self.key.chunk, self.chunk.image.start(), out);
+        if !matches!(written, Ok(true)) {
             // What cannot be kept is served all the same.
             layer.shared.spare.insert(self.key, out);
+        }
+        written.or_else(|error| {
             if error.is_full() {
                 add(&counting.disk_full, 1);
             }
             layer.complain_about_store(&error);
-            return Ok(false);
-        }
-        Ok(true)
+            Ok(false)
+        })
     }
 
     fn settle(&mut self, result: &Result<(), Arc<FetchError>>) {

@@ -13,6 +13,7 @@ use super::counters::{Counting, add};
 use super::origins::Origins;
 use super::queue::{Key, LayerId};
 use super::readahead::{Around, Reach, ReadAhead};
+use super::recent::{ChunkBits, Recent};
 use super::shared::Shared;
 use super::slowest::{SlowRead, Slowest};
 use super::standing::Standing;
@@ -54,14 +55,16 @@ pub(super) struct Chunked {
     pub(super) tail: Tail,
     pub(super) file: Arc<BlobFile>,
     /// A bit for each chunk that a reader has reached.
-    touched: Box<[AtomicU64]>,
+    touched: ChunkBits,
     /// A bit for each chunk that came because somebody might read it, before anybody did.
-    guessed: Box<[AtomicU64]>,
+    guessed: ChunkBits,
+    /// Which chunks should stay when room is needed.
+    pub(super) recent: Recent,
     slowest: Slowest,
     ahead: Mutex<ReadAhead>,
     around: Option<Mutex<Around>>,
-    /// Every chunk below this one is present.
-    complete_below: AtomicU32,
+    /// Every chunk below the lower half was present when as many evictions had been counted as the upper half says.
+    complete_below: AtomicU64,
     /// The whole is being verified, or it is known what it hashes to.
     pub(super) verifying: AtomicBool,
     /// The last try to verify the whole broke off.
@@ -79,6 +82,8 @@ pub(super) enum Tail {
     /// Something that was not fetched, so that the whole cannot be verified.
     Unknown,
 }
+
+const LOWER_HALF: u64 = 0xffff_ffff;
 
 /// How far a layer is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
@@ -133,17 +138,18 @@ impl Chunked {
         read_ahead: u64,
         diff_id: Algorithm,
     ) -> Self {
-        let words = usize::try_from(index.len().div_ceil(64)).unwrap_or(0);
+        let chunks = index.len();
         Self {
             index,
             tail,
+            touched: ChunkBits::new(chunks),
+            guessed: ChunkBits::new(chunks),
+            recent: Recent::new(chunks, file.evictions()),
             file,
-            touched: (0..words).map(|_| AtomicU64::new(0)).collect(),
-            guessed: (0..words).map(|_| AtomicU64::new(0)).collect(),
             slowest: Slowest::default(),
             ahead: Mutex::new(ReadAhead::new(read_ahead)),
             around: (read_ahead > 0).then(Mutex::default),
-            complete_below: AtomicU32::new(0),
+            complete_below: AtomicU64::new(0),
             verifying: AtomicBool::new(false),
             verify_failed: AtomicBool::new(false),
             filling: AtomicU32::new(0),
@@ -155,43 +161,35 @@ impl Chunked {
         self.index.chunk(chunk).map_or(0, |chunk| chunk.image.len())
     }
 
-    /// Takes note that a reader has reached `chunk`. True for the first time.
-    fn touch(&self, chunk: u32) -> bool {
-        let bit = 1_u64 << (chunk % 64);
-        let word = usize::try_from(chunk / 64).ok().and_then(|word| self.touched.get(word));
-        word.is_some_and(|word| {
-            word.load(Ordering::Relaxed) & bit == 0 && word.fetch_or(bit, Ordering::Relaxed) & bit == 0
-        })
-    }
-
     /// Takes note that `chunk` came because of a guess.
     pub(super) fn guessed(&self, chunk: u32) {
-        if !has_bit(&self.touched, chunk)
-            && let Some(word) = usize::try_from(chunk / 64).ok().and_then(|word| self.guessed.get(word))
-        {
-            word.fetch_or(1 << (chunk % 64), Ordering::Relaxed);
+        if !self.touched.has(chunk) {
+            self.guessed.set(chunk);
         }
     }
 
     /// Stored bytes that came because of guesses, and how many of them nobody has read.
     fn guesses(&self) -> (u64, u64) {
         let (mut all, mut wasted) = (0, 0);
-        for chunk in (0..self.index.len()).filter(|chunk| has_bit(&self.guessed, *chunk)) {
+        for chunk in (0..self.index.len()).filter(|chunk| self.guessed.has(*chunk)) {
             let len = self.index.chunk(chunk).map_or(0, |chunk| chunk.blob.len());
             all += len;
-            wasted += if has_bit(&self.touched, chunk) { 0 } else { len };
+            wasted += if self.touched.has(chunk) { 0 } else { len };
         }
         (all, wasted)
     }
 
-    /// True if every chunk is present. Costs nothing for the chunks that were found present before.
+    /// True if every chunk is present. Costs nothing for the chunks that were found present before, unless some were evicted.
     pub(super) fn is_complete(&self) -> bool {
-        let mut below = self.complete_below.load(Ordering::Relaxed);
-        while below < self.index.len() && self.file.is_present(below) {
+        let evictions = self.file.evictions() << 32;
+        let seen = self.complete_below.load(Ordering::Relaxed);
+        let mut below = if seen & !LOWER_HALF == evictions { seen & LOWER_HALF } else { 0 };
+        let len = u64::from(self.index.len());
+        while below < len && u32::try_from(below).is_ok_and(|chunk| self.file.is_present(chunk)) {
             below += 1;
         }
-        self.complete_below.store(below, Ordering::Relaxed);
-        below == self.index.len()
+        self.complete_below.store(evictions | below, Ordering::Relaxed);
+        below == len
     }
 
     pub(super) fn start_over(&self) {
@@ -201,11 +199,6 @@ impl Chunked {
     fn bytes_present(&self) -> u64 {
         (0..self.index.len()).filter(|chunk| self.file.is_present(*chunk)).map(|chunk| self.chunk_size(chunk)).sum()
     }
-}
-
-fn has_bit(bits: &[AtomicU64], chunk: u32) -> bool {
-    let word = usize::try_from(chunk / 64).ok().and_then(|word| bits.get(word));
-    word.is_some_and(|word| word.load(Ordering::Relaxed) & (1 << (chunk % 64)) != 0)
 }
 
 impl LayerImage {
@@ -274,7 +267,11 @@ impl LayerImage {
             .intersection(ByteRange::to(chunked.index.image_size()))
             .map_or(0..0, |range| chunked.index.chunks_in(range));
         if cause.is_demand() {
+            chunked.recent.used(wanted.clone());
             self.reached(chunked, wanted.clone(), Reach::Miss(cause));
+        }
+        if cause == Cause::Metadata {
+            chunked.recent.is_metadata(wanted.clone());
         }
         // A fill is after what is kept: what the disk had no room for when it was read, it may have room for now.
         let has = |chunk| if cause == Cause::Fill { chunked.file.is_present(chunk) } else { self.has(chunked, chunk) };
@@ -326,7 +323,7 @@ impl LayerImage {
     /// A reader has reached `chunks`. Those it is the first to reach count as needed and may give reason to read ahead.
     fn reached(&self, chunked: &Chunked, chunks: Range<u32>, reach: Reach) {
         let mut fresh: Option<Range<u32>> = None;
-        for chunk in chunks.filter(|chunk| chunked.touch(*chunk)) {
+        for chunk in chunks.filter(|chunk| chunked.touched.set(*chunk)) {
             add(&self.counting.needed, chunked.index.chunk(chunk).map_or(0, |chunk| chunk.blob.len()));
             fresh = Some(fresh.map_or(chunk, |fresh| fresh.start)..chunk + 1);
         }
@@ -437,19 +434,21 @@ impl LayerImage {
                 on_disk = false;
             }
         }
+        chunked.recent.used(wanted.clone());
         self.reached(chunked, wanted.clone(), Reach::Hit);
         // The last chunk may have come through somebody else who has the image open.
         self.check_complete();
         if on_disk {
-            return read_file(&chunked.file, range, buf);
+            return match read_present(&chunked.file, wanted, range, buf)? {
+                true => Ok(()),
+                false => Err(ReadAtError::Absent(range)),
+            };
         }
         for number in wanted {
             let Some(chunk) = chunked.index.chunk(number) else { return Err(ReadAtError::Absent(range)) };
             let Some(part) = chunk.image.intersection(range) else { continue };
             let target = slice_mut(buf, part.start() - range.start(), part.len()).ok_or(ReadAtError::Absent(range))?;
-            if chunked.file.is_present(number) {
-                read_file(&chunked.file, part, target)?;
-            } else {
+            if !read_present(&chunked.file, number..number + 1, part, target)? {
                 let data = self.shared.spare.get(Key { layer: self.id, chunk: number });
                 let data = data.ok_or(ReadAtError::Absent(range))?;
                 let data = slice(&data, part.start() - chunk.image.start(), part.len());
@@ -470,11 +469,20 @@ fn slice_mut(bytes: &mut [u8], start: u64, len: u64) -> Option<&mut [u8]> {
     bytes.get_mut(start..start.checked_add(usize::try_from(len).ok()?)?)
 }
 
-pub(super) fn read_file(file: &BlobFile, range: ByteRange, buf: &mut [u8]) -> Result<(), ReadAtError> {
-    file.read_exact_at(range.start(), buf).map_err(|error| match error {
+fn read_file(file: &BlobFile, range: ByteRange, buf: &mut [u8]) -> Result<(), ReadAtError> {
+    file.read_exact_at(range.start(), buf).map_err(|error| unreadable(range, error))
+}
+
+/// False if not all of `chunks`, which cover `range`, are there.
+fn read_present(file: &BlobFile, chunks: Range<u32>, range: ByteRange, buf: &mut [u8]) -> Result<bool, ReadAtError> {
+    file.read_present(chunks, range.start(), buf).map_err(|error| unreadable(range, error))
+}
+
+fn unreadable(range: ByteRange, error: StoreError) -> ReadAtError {
+    match error {
         StoreError::OutOfBounds { size, .. } => ReadAtError::OutOfBounds { range, size },
         error => ReadAtError::Io { range, source: io::Error::other(error) },
-    })
+    }
 }
 
 impl ReadAt for LayerImage {

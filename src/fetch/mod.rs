@@ -29,6 +29,8 @@ mod open;
 mod origins;
 mod queue;
 mod readahead;
+mod recent;
+mod room;
 mod shared;
 mod slowest;
 mod spare;
@@ -48,13 +50,14 @@ pub use cause::Cause;
 pub use counters::Counters;
 pub use error::FetchError;
 pub use layer::{LayerImage, LayerState, LayerStatus};
+pub use room::Room;
 pub use slowest::SlowRead;
 pub use standing::{LocalLayer, Standing};
 
 use crate::chunked::Compression;
 use crate::model::{BlobDigest, BlobSource, DiffId};
 use crate::oci::{IndexLocation, LayerPlan};
-use crate::store::{BlobFile, Store};
+use crate::store::{BlobFile, Store, StoreError};
 use shared::Shared;
 use table::LayerKey;
 
@@ -197,6 +200,15 @@ impl Fetcher {
     /// A layer all of which is in `file`.
     pub fn unpacked_layer(&self, layer: TarLayer, file: Arc<BlobFile>) -> Arc<LayerImage> {
         open::unpacked_layer(&self.shared, layer, file)
+    }
+
+    /// Makes `wanted` bytes of room in the layers that are open, as far as there are chunks that nobody needs: the least
+    /// recently used go first, after those that were never read. Waits for the disk.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn make_room(&self, wanted: u64, dry_run: bool) -> Result<Room, StoreError> {
+        room::make_room(&self.shared, wanted, dry_run)
     }
 
     /// Changes the bytes a second that fills may bring; none is as many as come.

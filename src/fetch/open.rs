@@ -301,7 +301,7 @@ impl Opening<'_> {
                 let Some(stored) = stored else { break };
                 if !file.is_present(number)
                     && decode_chunk(&chunk, index.compression(), stored, &mut out).is_ok()
-                    && file.write_chunk(number, chunk.image.start(), &out).is_ok()
+                    && file.write_chunk(number, chunk.image.start(), &out).is_ok_and(|kept| kept)
                 {
                     landed += 1;
                 }

@@ -15,6 +15,7 @@ use super::cpu::Cpu;
 use super::flight::{self, FlightGuard};
 use super::limit::Limit;
 use super::queue::{Flight, Key, LayerId, Layout, Queue};
+use super::recent::Ranks;
 use super::spare::Spare;
 use super::table::Table;
 use super::verify::Hold;
@@ -47,6 +48,8 @@ pub(super) struct Shared {
     pub(super) hold: Hold,
     pub(super) fill_limit: Limit,
     state: Mutex<State>,
+    /// Nothing else is locked while this is.
+    ranks: Mutex<Ranks>,
     next_layer: AtomicU32,
     /// How many flights somebody waits for.
     pub(super) demand: watch::Sender<usize>,
@@ -127,6 +130,7 @@ impl Shared {
             hold: Hold::new(config.hold),
             fill_limit: Limit::new(config.fill_bandwidth),
             state: Mutex::new(State { queue: Queue::new(), layers: Layers::default(), running: Running::default() }),
+            ranks: Mutex::default(),
             next_layer: AtomicU32::new(0),
             demand: watch::Sender::new(0),
             runtime,
@@ -137,6 +141,17 @@ impl Shared {
 
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn ranks(&self) -> MutexGuard<'_, Ranks> {
+        self.ranks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The layers that can be had in pieces.
+    pub(super) fn open_layers(&self) -> Vec<Arc<LayerImage>> {
+        let known: Vec<Weak<LayerImage>> =
+            self.lock().layers.known.values().map(|(_, layer)| Weak::clone(layer)).collect();
+        known.iter().filter_map(Weak::upgrade).collect()
     }
 
     pub(super) fn new_layer_id(&self) -> LayerId {
@@ -159,6 +174,7 @@ impl Shared {
             }
         };
         drop(gone);
+        self.ranks().forget((0..chunks).map(|chunk| Key { layer: id, chunk }));
         self.spare.forget(id);
     }
 

@@ -51,34 +51,63 @@ impl LayerImage {
         self.standing.subscribe()
     }
 
-    /// Where the image is, if all of it is here and has been verified. It stays there as long as this layer is open.
+    /// True if all of it is here and has been verified. Some of it may go again; see [`LayerImage::local`].
+    pub fn is_local(&self) -> bool {
+        matches!(*self.standing.borrow(), Standing::Local { .. })
+    }
+
+    /// Where the image is, if all of it is here and has been verified. Whoever asks may let the kernel show it: from now on
+    /// all of it stays as long as this layer is open. Waits while some of it is going.
     pub fn local(&self) -> Option<LocalLayer> {
-        let Standing::Local { .. } = *self.standing.borrow() else { return None };
+        if !self.is_local() {
+            return None;
+        }
         let file = match &self.body {
-            Body::Chunked(chunked) => &chunked.file,
+            Body::Chunked(chunked) => {
+                let pinned = chunked.pin().unwrap_or_else(|error| {
+                    let (blob, error): (_, &dyn std::error::Error) = (self.spec.blob, &error);
+                    tracing::warn!(%blob, error, "a complete layer cannot be kept from eviction");
+                    false
+                });
+                if !pinned {
+                    self.is_still_local(chunked);
+                    return None;
+                }
+                &chunked.file
+            }
             Body::Whole(whole) => whole.file()?,
         };
         Some(LocalLayer { diff_id: self.spec.diff_id, image: file.image_path(), size: file.spec().image_size })
     }
 
-    /// Calls `done` when the layer is local, from a thread that may wait. It is not called if the layer is dropped
-    /// before, and does not keep it.
+    /// Calls `done` when the layer is local, from a thread that may wait; from then on all of it stays, see
+    /// [`LayerImage::local`]. It is not called if the layer is dropped before, and does not keep it.
     pub fn when_local(self: &Arc<Self>, done: impl FnOnce(&Arc<Self>, &LocalLayer) + Send + 'static) {
         let (weak, mut standing) = (Arc::downgrade(self), self.standing());
         self.shared.runtime.spawn(async move {
-            if standing.wait_for(|standing| matches!(standing, Standing::Local { .. })).await.is_err() {
-                return;
-            }
-            drop(standing);
-            let called = tokio::task::spawn_blocking(move || {
-                if let Some(layer) = Weak::upgrade(&weak)
-                    && let Some(local) = layer.local()
-                {
-                    done(&layer, &local);
+            let mut done = Some(done);
+            while done.is_some() {
+                if standing.wait_for(|standing| matches!(standing, Standing::Local { .. })).await.is_err() {
+                    return;
                 }
-            });
-            if let Err(error) = called.await {
-                tracing::error!(%error, "what a local layer was waited for has failed");
+                let weak = Weak::clone(&weak);
+                let called = tokio::task::spawn_blocking(move || {
+                    let layer = weak.upgrade();
+                    // It may have lost a chunk meanwhile, and then says so.
+                    match layer.as_ref().and_then(|layer| Some((layer, layer.local()?))) {
+                        Some((layer, local)) => {
+                            if let Some(done) = done {
+                                done(layer, &local);
+                            }
+                            None
+                        }
+                        None => done,
+                    }
+                });
+                done = called.await.unwrap_or_else(|error| {
+                    tracing::error!(%error, "what a local layer was waited for has failed");
+                    None
+                });
             }
         });
     }

@@ -101,6 +101,7 @@ impl LayerImage {
     /// Begins to verify the layer if all of it is here and nobody has done so. Cheap enough for every read.
     pub(super) fn check_complete(&self) {
         let Some(chunked) = self.chunked() else { return };
+        self.notice_evictions(chunked);
         if chunked.verifying.load(Ordering::Acquire) || !chunked.is_complete() || matches!(chunked.tail, Tail::Unknown)
         {
             return;
@@ -164,16 +165,21 @@ impl LayerImage {
         drop(self.shared.runtime.spawn_blocking(move || {
             let Some(chunked) = layer.chunked() else { return };
             let blob = layer.spec.blob;
-            if let Err(error) = chunked.file.set_verdict(verdict) {
-                let shown: &dyn std::error::Error = &error;
-                tracing::warn!(%blob, error = shown, "what was found out about a complete layer is not kept");
-                layer.verification_failed(chunked, FetchError::Store { blob, source: error });
-                return;
+            match chunked.file.set_verdict(verdict) {
+                Ok(true) => {}
+                Ok(false) => return layer.begin_anew(chunked),
+                Err(error) => {
+                    let shown: &dyn std::error::Error = &error;
+                    tracing::warn!(%blob, error = shown, "what was found out about a complete layer is not kept");
+                    layer.verification_failed(chunked, FetchError::Store { blob, source: error });
+                    return;
+                }
             }
             match verdict {
                 Verdict::Verified(_) => {
                     tracing::info!(%blob, "the layer is complete and verified");
                     layer.stands(Standing::Local { since: SystemTime::now() });
+                    layer.is_still_local(chunked);
                 }
                 Verdict::Contradicted(found) => layer.stands(Standing::Contradicted(found)),
                 Verdict::Quarantined(_) | Verdict::Unverified => {
@@ -186,7 +192,14 @@ impl LayerImage {
         }));
     }
 
-    fn hash_from_the_start(&self, chunked: &Chunked) {
+    /// Chunks were evicted before all of it was verified.
+    fn begin_anew(&self, chunked: &Chunked) {
+        self.hash_from_the_start(chunked);
+        chunked.verifying.store(false, Ordering::Release);
+        self.check_complete();
+    }
+
+    pub(super) fn hash_from_the_start(&self, chunked: &Chunked) {
         chunked.hashing.forget(&self.shared.hold);
         let mut state = chunked.hashing.lock();
         state.next = 0;
@@ -232,7 +245,9 @@ impl Turn {
             let (chunk, held) = {
                 let mut state = chunked.hashing.lock();
                 if !state.can_go_on(chunked) {
-                    // Whoever lands the next chunk marks it first and looks here then.
+                    // Whoever lands the next chunk marks it first and looks here then. That all chunks were there is over
+                    // if one was evicted.
+                    chunked.verifying.store(false, Ordering::Release);
                     state.hasher = Some(hasher);
                     return;
                 }
@@ -252,7 +267,8 @@ impl Turn {
                     layer.shared.hold.give_back(content);
                 }
                 None => match read_back(chunked, chunk, &mut hasher) {
-                    Ok(len) => hashed += len,
+                    Ok(Some(len)) => hashed += len,
+                    Ok(None) => return layer.begin_anew(chunked),
                     Err(source) => {
                         let (blob, error): (_, &dyn std::error::Error) = (layer.spec.blob, &source);
                         tracing::warn!(%blob, error, "a complete layer cannot be verified");
@@ -278,16 +294,19 @@ impl Drop for Turn {
     }
 }
 
-fn read_back(chunked: &Chunked, chunk: u32, hasher: &mut Hasher) -> Result<u64, StoreError> {
-    let Some(range) = chunked.index.chunk(chunk).map(|chunk| chunk.image) else { return Ok(0) };
+/// Hashes a chunk from the disk; none if it was evicted meanwhile.
+fn read_back(chunked: &Chunked, chunk: u32, hasher: &mut Hasher) -> Result<Option<u64>, StoreError> {
+    let Some(range) = chunked.index.chunk(chunk).map(|chunk| chunk.image) else { return Ok(Some(0)) };
     let mut buffer = vec![0; BUFFER.min(usize::try_from(range.len()).unwrap_or(BUFFER))];
     let mut offset = range.start();
     while offset < range.end() {
         let len = usize::try_from(range.end() - offset).unwrap_or(BUFFER).min(BUFFER);
         let Some(part) = buffer.get_mut(..len) else { break };
-        chunked.file.read_exact_at(offset, part)?;
+        if !chunked.file.read_present(chunk..chunk + 1, offset, part)? {
+            return Ok(None);
+        }
         hasher.update(part);
         offset += len as u64;
     }
-    Ok(range.len())
+    Ok(Some(range.len()))
 }

@@ -2,7 +2,8 @@
 //!
 //! `present` is what survives a power cut: one bit a chunk, checksummed, replaced as a whole and only after the data it
 //! speaks for. `live` is what all processes of this boot share: one *byte* a chunk, so that each chunk is marked by a
-//! `pwrite` of its own byte and no two markers disturb each other; it is worth nothing after a reboot.
+//! `pwrite` of its own byte and no two markers disturb each other; it is worth nothing after a reboot. Between its header and
+//! the chunks stands how often chunks were evicted, which tells a reader that what he has just read may have gone meanwhile.
 //!
 //! Both open with magic, version, incompatible and compatible feature words. What is damaged is absent; what is newer
 //! is refused.
@@ -14,12 +15,21 @@ pub(super) const HEADER: usize = 64;
 
 const PRESENT_MAGIC: [u8; 8] = *b"HSPRESNT";
 const LIVE_MAGIC: [u8; 8] = *b"HSLIVE\0\0";
-const VERSION: u32 = 1;
+const PRESENT_VERSION: u32 = 1;
+
+/// Version 1 did not count evictions; since it is of this boot only, it is made anew rather than understood.
+const LIVE_VERSION: u32 = 2;
+
+/// Where the number of evictions stands in a `live` file, and how long it is.
+pub(super) const EVICTIONS: usize = HEADER;
+pub(super) const EVICTIONS_LEN: usize = 8;
 
 /// Value of a byte of `live` whose chunk is there.
 pub(super) const THERE: u8 = 1;
 /// Value of a byte of `live` whose chunk is not there.
 pub(super) const NOT_THERE: u8 = 0;
+/// Value of a byte of `live` whose chunk is being evicted: it is not to be read and not to be written.
+pub(super) const GOING: u8 = 2;
 
 /// Why a record is not taken.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,7 +56,7 @@ fn bit_bytes(chunks: u32) -> usize {
 
 /// Length of a `live` file.
 pub(super) fn live_len(chunks: u32) -> usize {
-    HEADER + usize::try_from(chunks).expect("32 bits fit the address space")
+    EVICTIONS + EVICTIONS_LEN + usize::try_from(chunks).expect("32 bits fit the address space")
 }
 
 /// Where the byte of `chunk` stands in a `live` file.
@@ -54,10 +64,10 @@ pub(super) fn live_offset(chunk: u32) -> usize {
     live_len(chunk)
 }
 
-fn header(magic: [u8; 8], chunks: u32) -> Vec<u8> {
+fn header(magic: [u8; 8], version: u32, chunks: u32) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(HEADER);
     bytes.extend_from_slice(&magic);
-    bytes.extend_from_slice(&VERSION.to_le_bytes());
+    bytes.extend_from_slice(&version.to_le_bytes());
     bytes.extend_from_slice(&0_u32.to_le_bytes()); // incompatible features
     bytes.extend_from_slice(&0_u32.to_le_bytes()); // compatible features
     bytes.extend_from_slice(&0_u32.to_le_bytes()); // checksum
@@ -76,14 +86,17 @@ fn field<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
 }
 
 /// Checks everything the two headers have in common; `covered` is how much the checksum covers.
-fn check(bytes: &[u8], magic: [u8; 8], chunks: u32, covered: usize) -> Result<(), Rejected> {
+fn check(bytes: &[u8], magic: [u8; 8], newest: u32, chunks: u32, covered: usize) -> Result<(), Rejected> {
     let number = |at| field::<4>(bytes, at).map(u32::from_le_bytes).ok_or(Rejected::Worthless("it is too short"));
     if field::<8>(bytes, 0) != Some(magic) {
         return Err(Rejected::Worthless("it does not begin with its magic"));
     }
     let (version, incompatible, sum) = (number(8)?, number(12)?, number(20)?);
-    if version > VERSION {
+    if version > newest {
         return Err(Rejected::Newer(format!("version {version}")));
+    }
+    if version < newest {
+        return Err(Rejected::Worthless("it has an older form"));
     }
     if incompatible != 0 {
         return Err(Rejected::Newer(format!("features {incompatible:#x}")));
@@ -128,6 +141,13 @@ impl Bits {
         }
     }
 
+    pub(super) fn remove(&mut self, chunk: u32) {
+        debug_assert!(chunk < self.chunks);
+        if let Some(byte) = self.bytes.get_mut(bit_bytes(chunk + 1) - 1) {
+            *byte &= !(1 << (chunk % 8));
+        }
+    }
+
     pub(super) fn contains(&self, chunk: u32) -> bool {
         chunk < self.chunks
             && self.bytes.get(bit_bytes(chunk + 1) - 1).is_some_and(|byte| byte & (1 << (chunk % 8)) != 0)
@@ -139,7 +159,7 @@ impl Bits {
 
     /// The bytes of a `present` file.
     pub(super) fn to_present(&self) -> Vec<u8> {
-        let mut bytes = header(PRESENT_MAGIC, self.chunks);
+        let mut bytes = header(PRESENT_MAGIC, PRESENT_VERSION, self.chunks);
         bytes.extend_from_slice(&self.bytes);
         let covered = bytes.len();
         seal(&mut bytes, covered);
@@ -148,7 +168,7 @@ impl Bits {
 
     /// Reads a `present` file of a blob of `chunks` chunks.
     pub(super) fn from_present(bytes: &[u8], chunks: u32) -> Result<Self, Rejected> {
-        check(bytes, PRESENT_MAGIC, chunks, bytes.len())?;
+        check(bytes, PRESENT_MAGIC, PRESENT_VERSION, chunks, bytes.len())?;
         let bits = Self { chunks, bytes: bytes.get(HEADER..).unwrap_or_default().to_vec() };
         if bits.bytes.len() != bit_bytes(chunks) {
             return Err(Rejected::Worthless("its length does not fit the number of chunks"));
@@ -161,9 +181,10 @@ impl Bits {
 
     /// The bytes of a `live` file of boot `boot`.
     pub(super) fn to_live(&self, boot: BootId) -> Vec<u8> {
-        let mut bytes = header(LIVE_MAGIC, self.chunks);
+        let mut bytes = header(LIVE_MAGIC, LIVE_VERSION, self.chunks);
         bytes[32..48].copy_from_slice(&boot.0);
         seal(&mut bytes, HEADER);
+        bytes.extend_from_slice(&[0; EVICTIONS_LEN]);
         bytes.extend((0..self.chunks).map(|chunk| if self.contains(chunk) { THERE } else { NOT_THERE }));
         bytes
     }
@@ -171,7 +192,7 @@ impl Bits {
 
 /// Says whether the header (and length) of a `live` file is one of this boot and this blob.
 pub(super) fn check_live(bytes: &[u8], len: u64, chunks: u32, boot: BootId) -> Result<(), Rejected> {
-    check(bytes, LIVE_MAGIC, chunks, HEADER)?;
+    check(bytes, LIVE_MAGIC, LIVE_VERSION, chunks, HEADER)?;
     if len != live_len(chunks) as u64 {
         return Err(Rejected::Worthless("its length does not fit the number of chunks"));
     }

@@ -1,5 +1,7 @@
 //! One layer image on disk and the marks of what is there.
 
+mod punch;
+
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -16,6 +18,8 @@ use super::meta::{Anchor, BlobSpec, Meta, Verdict};
 use super::sync::Syncer;
 use crate::model::BlobDigest;
 use crate::sys::{FileLock, LockMode, SharedBytes};
+
+pub use punch::{Pin, Punched};
 
 pub(super) const IMAGE: &str = "image";
 pub(super) const PRESENT: &str = "present";
@@ -60,7 +64,9 @@ pub(super) fn create(tmp: &Path, place: &Path, spec: &BlobSpec, index: &[u8]) ->
     let made = files::temp_dir(tmp)?;
     let dir = made.path();
     files::touch(&dir.join(LOCK))?;
-    files::touch(&dir.join(GUARD))?;
+    for lock in [GUARD, punch::PIN, punch::WRITING] {
+        files::touch(&dir.join(lock))?;
+    }
     files::replace(&dir.join(META), &Meta::new(spec, Verdict::Unverified).to_bytes(), Durability::Relaxed)?;
     files::replace(&dir.join(INDEX), index, Durability::Relaxed)?;
     let image = dir.join(IMAGE);
@@ -119,6 +125,10 @@ impl BlobFile {
             syncer: Arc::clone(syncer),
             used,
         };
+        if (0..spec.chunks).any(|chunk| file.is_going(chunk)) {
+            let _guard = file.guard()?;
+            file.settle_interrupted()?;
+        }
         if matches!(meta.verdict, Verdict::Verified(_)) && !file.is_complete() {
             file.verdict = Mutex::new(Verdict::Unverified);
         }
@@ -155,7 +165,8 @@ impl BlobFile {
         (0..self.spec.chunks).all(|chunk| self.is_present(chunk))
     }
 
-    /// Reads all of `buf` from `offset` of the image. What no present chunk covers reads as zeros or worse: ask first.
+    /// Reads all of `buf` from `offset` of the image. What no present chunk covers reads as zeros or worse, and what is
+    /// present may cease to be so: see [`BlobFile::read_present`].
     ///
     /// # Errors
     /// [`StoreError::OutOfBounds`], or what the system says.
@@ -164,21 +175,30 @@ impl BlobFile {
         self.disk.read_exact_at(buf, offset).map_err(|error| StoreError::io("read", self.dir.join(IMAGE), error))
     }
 
-    /// Writes the verified bytes of `chunk`, which begins at `offset` of the image, and marks it.
+    /// Writes the verified bytes of `chunk`, which begins at `offset` of the image, and marks it. False if it is not kept
+    /// because it is just being evicted.
     ///
     /// # Errors
     /// [`StoreError::Full`] and others; the chunk is not marked then.
-    pub fn write_chunk(self: &Arc<Self>, chunk: u32, offset: u64, data: &[u8]) -> Result<(), StoreError> {
+    pub fn write_chunk(self: &Arc<Self>, chunk: u32, offset: u64, data: &[u8]) -> Result<bool, StoreError> {
         self.check_bounds(offset, data.len())?;
         if chunk >= self.spec.chunks {
             let (path, size) = (self.dir.clone(), u64::from(self.spec.chunks));
             return Err(StoreError::OutOfBounds { path, offset: chunk.into(), len: 1, size });
         }
-        self.disk.write_all_at(data, offset).map_err(|error| StoreError::io("write", self.dir.join(IMAGE), error))?;
-        self.mark(chunk, THERE)?;
+        {
+            let _nothing_goes = self.lock_for_writing()?;
+            if self.is_going(chunk) {
+                return Ok(false);
+            }
+            self.disk
+                .write_all_at(data, offset)
+                .map_err(|error| StoreError::io("write", self.dir.join(IMAGE), error))?;
+            self.mark(chunk, THERE)?;
+        }
         let before = self.unsynced.fetch_add(data.len() as u64, Ordering::AcqRel);
         self.syncer.written(self, before, data.len() as u64);
-        Ok(())
+        Ok(true)
     }
 
     /// Makes every chunk that is present now survive a power cut. Waits for the disk.
@@ -194,6 +214,7 @@ impl BlobFile {
     fn sync_guarded(&self, _guard: &FileLock) -> Result<(), StoreError> {
         // Taken before the snapshot: what is written from here on is counted for the next sync.
         self.unsynced.store(0, Ordering::Release);
+        self.settle_interrupted()?;
         let now = self.snapshot();
         let path = self.dir.join(PRESENT);
         let durable = read_present(&path, self.spec.chunks)?;
@@ -236,20 +257,27 @@ impl BlobFile {
     }
 
     /// Keeps what was found out about the image as a whole. [`Verdict::Verified`] makes every chunk last first,
-    /// [`Verdict::Quarantined`] forgets every chunk.
+    /// [`Verdict::Quarantined`] forgets every chunk. False if all of it is said to be verified and not all of it is there
+    /// any more; nothing is kept then.
     ///
     /// # Errors
     /// What the system says.
-    pub fn set_verdict(&self, verdict: Verdict) -> Result<(), StoreError> {
+    pub fn set_verdict(&self, verdict: Verdict) -> Result<bool, StoreError> {
         let guard = self.guard()?;
         match verdict {
-            Verdict::Verified(_) => self.sync_guarded(&guard)?,
+            Verdict::Verified(_) => {
+                self.sync_guarded(&guard)?;
+                // Nothing goes without the guard.
+                if !self.is_complete() {
+                    return Ok(false);
+                }
+            }
             Verdict::Quarantined(_) => self.forget_guarded()?,
             Verdict::Unverified | Verdict::Contradicted(_) => {}
         }
         files::replace(&self.dir.join(META), &Meta::new(&self.spec, verdict).to_bytes(), Durability::Synced)?;
         *self.verdict.lock().unwrap_or_else(PoisonError::into_inner) = verdict;
-        Ok(())
+        Ok(true)
     }
 
     /// Makes sure that the index is kept as well.
@@ -264,8 +292,8 @@ impl BlobFile {
 
     /// True if chunks are present that would not survive a power cut: a process was killed before it synced them.
     pub(super) fn has_unsynced_marks(&self) -> Result<bool, StoreError> {
-        let durable = read_present(&self.dir.join(PRESENT), self.spec.chunks)?;
-        Ok(durable.map_or(0, |bits| bits.count()) != self.present_count())
+        let (durable, now) = (read_present(&self.dir.join(PRESENT), self.spec.chunks)?, self.snapshot());
+        Ok(durable.map_or(now.count() > 0, |durable| durable != now))
     }
 
     /// Bytes written since the last sync.
@@ -294,7 +322,11 @@ impl BlobFile {
     }
 
     fn check_bounds(&self, offset: u64, len: usize) -> Result<(), StoreError> {
-        let (len, size) = (len as u64, self.spec.image_size);
+        self.check_range(offset, len as u64)
+    }
+
+    fn check_range(&self, offset: u64, len: u64) -> Result<(), StoreError> {
+        let size = self.spec.image_size;
         if offset.checked_add(len).is_some_and(|end| end <= size) {
             return Ok(());
         }

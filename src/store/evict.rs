@@ -1,4 +1,5 @@
-//! What the cache takes, and what of it goes when it takes too much: whole layer images, the least recently used first.
+//! What the cache takes, and what of it goes first when it takes too much: whole layer images, the least recently used
+//! first. Single chunks of those that are in use go after them: see [`BlobFile::punch`](super::BlobFile::punch).
 //!
 //! Guarantees. An image that a process uses is never touched: whoever uses one holds its lock. Neither is one that the
 //! kernel shows through a loop device or a mount of its own, which may outlive every process. An image disappears by one
@@ -60,11 +61,17 @@ pub struct Evicted {
     pub left: u64,
 }
 
+impl CacheGoal {
+    /// How many bytes too many a cache of `bytes` takes on a disk with `free` free ones.
+    pub fn excess(&self, bytes: u64, free: u64) -> u64 {
+        let above = self.quota.map_or(0, |quota| bytes.saturating_sub(quota));
+        above.max(self.reserve.saturating_sub(free))
+    }
+}
+
 /// Which of `entries` go, in order. `free` are the free bytes of the disk.
 fn choose(entries: &[CacheEntry], goal: &CacheGoal, free: u64) -> Vec<usize> {
-    let all: u64 = entries.iter().map(|entry| entry.bytes).sum();
-    let above = goal.quota.map_or(0, |quota| all.saturating_sub(quota));
-    let wanted = above.max(goal.reserve.saturating_sub(free));
+    let wanted = goal.excess(entries.iter().map(|entry| entry.bytes).sum(), free);
     let mut candidates: Vec<usize> =
         entries.iter().enumerate().filter(|(_, entry)| !entry.in_use).map(|(number, _)| number).collect();
     candidates.sort_by_key(|number| entries.get(*number).map(|entry| (entry.last_used, entry.place.clone())));
@@ -161,20 +168,20 @@ fn is_locked(place: &Path) -> bool {
 }
 
 /// Files that back loop devices or are mounted themselves.
-struct Shown {
+pub(super) struct Shown {
     paths: HashSet<PathBuf>,
     /// Device and inode, for files whose names the kernel tells otherwise.
     inodes: HashSet<(u64, u64)>,
 }
 
 impl Shown {
-    fn has(&self, image: &Path) -> bool {
+    pub(super) fn has(&self, image: &Path) -> bool {
         let inode = || fs::metadata(image).is_ok_and(|m| self.inodes.contains(&(m.dev(), m.ino())));
         self.paths.contains(image) || inode()
     }
 }
 
-fn shown_by_the_kernel() -> Shown {
+pub(super) fn shown_by_the_kernel() -> Shown {
     let loops = loop_devices().unwrap_or_default();
     let of_loop = |number| LoopDevice::open(number).and_then(|device| device.status()).ok();
     let inodes = loops.iter().filter_map(|device| of_loop(device.number)).map(|status| (status.device, status.inode));

@@ -9,6 +9,7 @@
 //!     index       the payload of the chunk index
 //!     meta.json   what this is, and whether all of it has been verified
 //!     lock guard  advisory locks: shared while used, exclusive for removal; exclusive for short changes
+//!     pin writing the same: shared by whoever needs all of it or writes a chunk, exclusive while chunks go
 //! <root>/documents/<algorithm>/<hex>               manifests, configs: small blobs kept whole
 //! <root>/refs/<hex>.json                           what a reference pointed to when it was last seen
 //! <root>/state/snapshots.redb                      snapshots, layers and images: see [`records`]
@@ -43,7 +44,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 pub use bits::BootId;
-pub use blob::BlobFile;
+pub use blob::{BlobFile, Pin, Punched};
 pub use documents::Reference;
 pub use error::StoreError;
 pub use evict::{CacheEntry, CacheGoal, Evicted};
@@ -118,6 +119,11 @@ impl Store {
         let store = Self { root: root.to_owned(), boot, reserve: config.reserve, syncer };
         store.clear_left_overs();
         Ok(store)
+    }
+
+    /// Bytes of images that this process has written so far: whether it is time to look at the size of the cache.
+    pub fn bytes_written(&self) -> u64 {
+        self.syncer.bytes_written()
     }
 
     /// The directory everything lies below.
@@ -218,6 +224,7 @@ impl Store {
 
     fn keep(&self, writer: &WholeWriter, diff_id: DiffId, tar: Option<DiffId>) -> Result<Arc<BlobFile>, StoreError> {
         writer.finish(diff_id, tar)?;
+        self.syncer.count(writer.size());
         loop {
             let published = writer.publish()?;
             match self.existing(writer.blob(), writer.anchor())? {

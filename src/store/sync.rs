@@ -1,6 +1,7 @@
 //! The thread that makes marks last, away from everybody who reads or writes.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -12,6 +13,8 @@ use super::{BlobFile, StoreError};
 pub(super) struct Syncer {
     interval: Duration,
     bytes: u64,
+    /// Bytes that were written, over all images.
+    written: AtomicU64,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -28,7 +31,8 @@ struct State {
 
 impl Syncer {
     pub(super) fn start(interval: Duration, bytes: u64) -> Result<Arc<Self>, StoreError> {
-        let syncer = Arc::new(Self { interval, bytes, state: Mutex::default(), changed: Condvar::new() });
+        let (written, state) = (AtomicU64::new(0), Mutex::default());
+        let syncer = Arc::new(Self { interval, bytes, written, state, changed: Condvar::new() });
         let of_thread = Arc::clone(&syncer);
         let thread = std::thread::Builder::new()
             .name("store-sync".to_owned())
@@ -42,8 +46,17 @@ impl Syncer {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub(super) fn count(&self, len: u64) {
+        self.written.fetch_add(len, Ordering::Relaxed);
+    }
+
+    pub(super) fn bytes_written(&self) -> u64 {
+        self.written.load(Ordering::Relaxed)
+    }
+
     /// Takes note of `len` bytes written to `file`, which had `before` unsynced ones.
     pub(super) fn written(&self, file: &Arc<BlobFile>, before: u64, len: u64) {
+        self.count(len);
         let urgent = before < self.bytes && before.saturating_add(len) >= self.bytes;
         if before > 0 && !urgent {
             return;

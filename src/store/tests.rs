@@ -1,5 +1,7 @@
 //! Marks that never lie, whoever dies when; damage that is absence; several owners of one root.
 
+mod punch;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Write as _};
@@ -473,6 +475,20 @@ impl Disk for Arc<Forgetful> {
         Ok(())
     }
 
+    /// Lasts at once, as it may on a disk.
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
+        for writes in [&self.cached, &self.lasting] {
+            for (start, data) in &mut *writes.lock().unwrap() {
+                for (at, byte) in (*start..).zip(data) {
+                    if (offset..offset + len).contains(&at) {
+                        *byte = 0;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
     fn sync_data(&self) -> io::Result<()> {
         if self.fail_sync.load(std::sync::atomic::Ordering::Relaxed) {
             return Err(io::Error::from_raw_os_error(libc::EIO));
@@ -494,12 +510,13 @@ fn open_on(store: &Store, disk: &Arc<Forgetful>) -> Arc<BlobFile> {
     Arc::new(file.with_disk(Box::new(Arc::clone(disk))))
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 enum Step {
     Write(u32),
     Sync,
     FailedSync,
     Forget,
+    Punch(Vec<u32>),
     Kill,
     PowerCut,
 }
@@ -510,6 +527,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         2 => Just(Step::Sync),
         1 => Just(Step::FailedSync),
         1 => Just(Step::Forget),
+        2 => prop::collection::vec(0..CHUNKS, 1..6).prop_map(Step::Punch),
         1 => Just(Step::Kill),
         1 => Just(Step::PowerCut),
     ];
@@ -556,6 +574,13 @@ proptest! {
                     file.forget_all().unwrap();
                     there.clear();
                     safe.clear();
+                }
+                Step::Punch(chunks) => {
+                    let going: std::collections::BTreeSet<u32> = chunks.iter().copied().collect();
+                    let gone = punch::punch(&file, chunks).unwrap();
+                    prop_assert_eq!(gone.chunks as usize, going.intersection(&there).count());
+                    there.retain(|chunk| !going.contains(chunk));
+                    safe.retain(|chunk| !going.contains(chunk));
                 }
                 Step::Kill | Step::PowerCut => {
                     if matches!(step, Step::PowerCut) {

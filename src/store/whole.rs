@@ -70,6 +70,10 @@ impl WholeWriter {
         files::publish(self.made.path(), &self.place)
     }
 
+    pub(super) const fn size(&self) -> u64 {
+        self.size
+    }
+
     pub(super) const fn blob(&self) -> &BlobDigest {
         &self.blob
     }

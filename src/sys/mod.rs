@@ -1,6 +1,7 @@
 //! System calls that need care, and the only unsafe code.
 
 pub mod fuse;
+mod hole;
 mod lock;
 pub mod loopdev;
 mod map;
@@ -8,6 +9,7 @@ pub mod mount;
 mod process;
 pub mod stack;
 
+pub use hole::punch_hole;
 pub use lock::{FileLock, LockMode};
 pub use map::SharedBytes;
 pub use process::is_dying;

@@ -130,8 +130,7 @@ impl Task {
                 }
                 Err(error) => error,
             };
-            let hopeless = matches!(error, UnpackError::Contradiction { .. } | UnpackError::Unverifiable { .. });
-            if hopeless || self.options.persistence == Persistence::Once {
+            if is_hopeless(&error) || self.options.persistence == Persistence::Once {
                 self.phase.send_replace(Phase::Failed(error));
                 return;
             }
@@ -146,11 +145,20 @@ impl Task {
     async fn wait_for_the_start(&self, together: &[Weak<LayerImage>]) {
         let begin = Instant::now() + self.options.start_delay;
         while Instant::now() < begin {
-            if self.layer.upgrade().is_none_or(|layer| layer.local().is_some()) || wants_everything(together) {
+            if self.layer.upgrade().is_none_or(|layer| layer.is_local()) || wants_everything(together) {
                 return;
             }
             sleep(LOOK.min(begin - Instant::now())).await;
         }
+    }
+}
+
+/// True if trying again makes nothing better.
+fn is_hopeless(error: &UnpackError) -> bool {
+    match error {
+        UnpackError::Contradiction { .. } | UnpackError::Unverifiable { .. } => true,
+        UnpackError::Fetch { source, .. } => matches!(**source, FetchError::NoRoom { .. }),
+        _ => false,
     }
 }
 
@@ -173,8 +181,11 @@ fn wants_everything(layers: &[Weak<LayerImage>]) -> bool {
 async fn bring(layer: &Arc<LayerImage>) -> Result<(), UnpackError> {
     let blob = *layer.blob();
     let failed = |source: &Arc<FetchError>| UnpackError::Fetch { blob, source: Arc::clone(source) };
-    let mut standing = layer.standing();
+    let (mut standing, evictions) = (layer.standing(), layer.evictions());
     loop {
+        if layer.evictions() != evictions && !layer.is_complete() {
+            return Err(failed(&Arc::new(FetchError::NoRoom { blob })));
+        }
         let full_before = layer.counters().disk_full;
         let (sender, filled) = oneshot::channel();
         // Whoever waited may have given up.

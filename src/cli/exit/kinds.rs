@@ -327,6 +327,7 @@ fn of_fetch(error: &FetchError) -> Option<Problem> {
         | FetchError::DiffId { .. } => Some(Problem::Corrupt),
         FetchError::Unpack { source, .. } => of_sequential(source),
         FetchError::Store { source, .. } | FetchError::Verify { source, .. } => of_store(source),
+        FetchError::NoRoom { .. } => Some(Problem::Local),
         FetchError::Abandoned { .. } => Some(Problem::Internal),
     }
 }

@@ -42,8 +42,14 @@ pub use kernel::{left_behind, sweep, take_away_left};
 pub use mounted::{Mounted, NeverLocal, layer_state};
 pub use shown::{Driver, Shown};
 
-/// How often the size of the cache is looked at. A link of 1 Gbit/s brings some 7 GB meanwhile; the reserve does not wait.
+/// How often the size of the cache is looked at, which takes a look at each of its directories. Sooner if much has come
+/// since: this part of the quota, and not less than this many bytes.
 const LOOK_AT_CACHE: Duration = Duration::from_secs(60);
+const MUCH_OF_QUOTA: u64 = 16;
+const MUCH: u64 = 64 << 20;
+
+/// How often it is looked whether much has come.
+const LOOK_AT_WRITTEN: Duration = Duration::from_secs(1);
 
 /// What to mount where.
 #[derive(Debug, Clone)]
@@ -430,17 +436,24 @@ impl Host {
 /// Keeps the cache within its quota and the disk above its reserve, as long as the host is there.
 async fn keep_in_bounds(host: Weak<Host>) {
     loop {
-        let Some(host) = host.upgrade() else { return };
-        let (store, goal) = (Arc::clone(&host.house.store), host.settings.cache_goal());
-        drop(host);
+        let Some(looking) = host.upgrade() else { return };
+        let goal = looking.settings.cache_goal();
+        let written = looking.house.store.bytes_written();
         let evicting = tokio::task::spawn_blocking(move || {
-            if let Err(error) = store.evict(&goal, false) {
+            if let Err(error) = looking.house.make_room(&goal, false) {
                 let error: &dyn std::error::Error = &error;
                 tracing::warn!(error, "the cache is not kept within its bounds");
             }
         });
         evicting.await.ok();
-        tokio::time::sleep(LOOK_AT_CACHE).await;
+        let (begin, much) = (Instant::now(), (goal.quota.unwrap_or(u64::MAX) / MUCH_OF_QUOTA).max(MUCH));
+        while begin.elapsed() < LOOK_AT_CACHE {
+            tokio::time::sleep(LOOK_AT_WRITTEN).await;
+            let Some(host) = host.upgrade() else { return };
+            if host.house.store.bytes_written().saturating_sub(written) >= much {
+                break;
+            }
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! The download path against a source that follows a script.
 
+mod evictions;
 mod fills;
 mod hardship;
 mod layers;

@@ -9,8 +9,8 @@ use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderName, HeaderValue, LOCATIO
 use reqwest::{Method, Request, Response};
 use url::Url;
 
-use super::auth::{Authenticator, Proof, Scope};
-use super::credentials::CredentialConfig;
+use super::auth::{Authenticator, Proof, Refused, Scope};
+use super::credentials::{CredentialConfig, MAX_CANDIDATES};
 use super::error::TryError;
 use super::exchange::{Wait, refusal, send};
 use super::hosts::{Capabilities, HostSpec, HostsError, authority, is_loopback};
@@ -19,6 +19,9 @@ use super::secret::SafeUrl;
 
 /// Most redirects that are followed; object stores need one or two.
 const REDIRECT_LIMIT: usize = 5;
+/// Most challenges of one request: one tells how, one that the token was too old, one that it was too narrow, and one for
+/// each login that is known.
+const CHALLENGES: usize = 3 + MAX_CANDIDATES;
 /// How long a server that could not be reached is asked last.
 const SICK_FOR: Duration = Duration::from_secs(30);
 
@@ -144,29 +147,29 @@ impl Endpoint {
         let url = self.url(&ask.target)?;
         let at_home = url.origin() == self.base.origin();
         let mut challenged = 0;
+        let mut refused = Refused::default();
         loop {
-            let proof = if at_home { self.proof(ask.scope).await? } else { None };
+            let proof = if at_home { self.proof(ask.scope, &refused).await? } else { None };
             let (response, redirected) = self.follow(ask, url.clone(), proof.as_ref()).await?;
             let status = response.status();
             if status.is_success() {
                 return Ok(Answer { response, redirected });
             }
-            // One challenge tells how, a second one that the token was too old or too narrow.
-            if status.as_u16() == 401 && at_home && redirected.is_none() && challenged < 3 {
+            if status.as_u16() == 401 && at_home && redirected.is_none() && challenged < CHALLENGES {
                 challenged += 1;
-                self.authenticator.challenged(ask.scope, response.headers(), proof.as_ref()).await?;
+                self.authenticator.challenged(ask.scope, response.headers(), proof.as_ref(), &mut refused).await?;
                 continue;
             }
             return Err(refusal(response, &self.wait).await);
         }
     }
 
-    async fn proof(&self, scope: &Scope) -> Result<Option<Proof>, TryError> {
+    async fn proof(&self, scope: &Scope, refused: &Refused) -> Result<Option<Proof>, TryError> {
         let http = match self.authenticator.token_server(scope) {
             Some(realm) if realm.origin() != self.base.origin() => self.http_for_strangers().await?,
             _ => self.http.clone(),
         };
-        self.authenticator.proof(scope, http).await
+        self.authenticator.proof(scope, http, refused).await
     }
 
     /// Asks an address that was learned from a redirect: nothing of ours goes along.

@@ -28,7 +28,9 @@ mod secret;
 
 pub use blob::RemoteBlobs;
 pub use client::{Client, ClientConfig, Fetched};
-pub use credentials::{CredentialConfig, CredentialError, Credentials};
+pub use credentials::{
+    ClusterError, ClusterSecrets, CredentialConfig, CredentialError, Credentials, PullLogin, PulledLogins, Pulling,
+};
 pub use error::{Attempt, Attempts, RegistryError, TryError};
 pub use exchange::MIN_PROGRESS;
 #[cfg(feature = "testkit")]

@@ -8,7 +8,7 @@ use std::fmt;
 use url::Url;
 
 /// A password or token. `Debug` and `Display` show three stars.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, Default)]
 pub struct Secret(String);
 
 impl Secret {

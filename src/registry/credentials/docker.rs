@@ -1,4 +1,4 @@
-//! Who we are at a registry: Docker's `config.json` and its credential helpers.
+//! Docker's `config.json` and its credential helpers.
 //!
 //! The order is Docker's: a helper named for the host, then the general helper, then what the file itself holds. The file
 //! is read each time it is needed, so that a login made later counts. No error holds what a file or a helper said.
@@ -12,105 +12,14 @@ use base64::Engine as _;
 use serde::Deserialize;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-use super::secret::Secret;
+use super::{CredentialConfig, CredentialError, Credentials, is_docker, place, same_host};
 use crate::oci::DEFAULT_HOST;
+use crate::registry::secret::Secret;
 
 /// The key under which Docker keeps the login of docker.io.
 const DOCKER_KEY: &str = "https://index.docker.io/v1/";
 /// Most bytes of a config file or of a helper's answer; real ones have a few kilobytes.
 const LIMIT: u64 = 1 << 20;
-
-/// Why credentials could not be had. That there are none is no error.
-#[derive(Debug, thiserror::Error)]
-pub enum CredentialError {
-    /// The file could not be read.
-    #[error("cannot read the credentials file {}", .path.display())]
-    Read {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: std::io::Error,
-    },
-    /// The file is not what Docker writes. The parser's message could quote it and is left out.
-    #[error("cannot understand the credentials file {} (line {line})", .path.display())]
-    Parse {
-        /// Which.
-        path: PathBuf,
-        /// Where.
-        line: usize,
-    },
-    /// An entry's `auth` is not the Base64 of `user:password`.
-    #[error("the entry of {host} in {} is not the Base64 of user:password; log in again", .path.display())]
-    Auth {
-        /// Which file.
-        path: PathBuf,
-        /// Which entry.
-        host: String,
-    },
-    /// A helper's name could leave the search path.
-    #[error("{0:?} is no name of a credential helper")]
-    HelperName(String),
-    /// A helper could not be started.
-    #[error("cannot run the credential helper {program}")]
-    HelperStart {
-        /// Its program.
-        program: String,
-        /// Why.
-        #[source]
-        source: std::io::Error,
-    },
-    /// A helper failed.
-    #[error("the credential helper {program} failed ({status}); try: echo {server} | {program} get")]
-    HelperFailed {
-        /// Its program.
-        program: String,
-        /// What it was asked for.
-        server: String,
-        /// How it ended.
-        status: std::process::ExitStatus,
-    },
-    /// A helper did not end in time.
-    #[error("the credential helper {program} did not answer within {} s", .limit.as_secs())]
-    HelperTimeout {
-        /// Its program.
-        program: String,
-        /// The time it had.
-        limit: Duration,
-    },
-    /// A helper's answer is not JSON of the agreed form.
-    #[error("cannot understand the answer of the credential helper {0}")]
-    HelperAnswer(String),
-}
-
-/// How we prove who we are.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Credentials {
-    /// User and password.
-    Basic {
-        /// Name of the user.
-        username: String,
-        /// The password, or a token in its place.
-        password: Secret,
-    },
-    /// An OAuth2 refresh token.
-    IdentityToken(Secret),
-    /// A bearer token that is used as it is.
-    RegistryToken(Secret),
-}
-
-/// Where credentials come from.
-#[derive(Debug, Clone, Default)]
-pub struct CredentialConfig {
-    /// Given outright, by host; they go before all others.
-    pub given: BTreeMap<String, Credentials>,
-    /// Docker's `config.json`, or a file of the same form; a missing file is an empty one.
-    pub docker_config: Option<PathBuf>,
-    /// Where helper programs are looked for before the search path.
-    pub helper_directory: Option<PathBuf>,
-    /// How long a helper may take; `None` is 20 s.
-    pub helper_timeout: Option<Duration>,
-}
 
 #[derive(Deserialize, Default)]
 #[serde(rename_all = "camelCase")]
@@ -123,8 +32,9 @@ struct DockerConfig {
     creds_store: Option<String>,
 }
 
+/// What stands under one key of `auths`. It is never shown.
 #[derive(Deserialize, Default)]
-struct Entry {
+pub(super) struct Entry {
     auth: Option<String>,
     username: Option<String>,
     password: Option<String>,
@@ -141,11 +51,12 @@ struct HelperAnswer {
 }
 
 impl CredentialConfig {
-    /// The credentials for `repository` at `host`, if there are any.
-    pub(super) async fn find(&self, host: &str, repository: &str) -> Result<Option<Credentials>, CredentialError> {
-        if let Some(given) = self.given.get(host) {
-            return Ok(Some(given.clone()));
-        }
+    /// What Docker would use for `repository` at `host`, if it knows anything.
+    pub(super) async fn ask_docker(
+        &self,
+        host: &str,
+        repository: &str,
+    ) -> Result<Option<Credentials>, CredentialError> {
         let Some(path) = &self.docker_config else { return Ok(None) };
         let config = read_config(path).await?;
         let names = names_of(host);
@@ -161,7 +72,10 @@ impl CredentialConfig {
             }
         }
         match best_entry(&config.auths, host, repository) {
-            Some((key, entry)) => entry.credentials(key, path),
+            Some((key, entry)) => {
+                let bad = || CredentialError::Auth { path: path.clone(), host: key.to_owned() };
+                entry.credentials().map_err(|NoLogin| bad())
+            }
             None => Ok(None),
         }
     }
@@ -235,8 +149,22 @@ async fn read_config(path: &Path) -> Result<DockerConfig, CredentialError> {
     serde_json::from_slice(&text).map_err(|error| CredentialError::Parse { path: path.to_owned(), line: error.line() })
 }
 
+/// An entry's `auth` that is not the Base64 of `user:password`.
+#[derive(Debug)]
+pub(super) struct NoLogin;
+
+/// The two halves of an `auth`.
+pub(super) fn user_and_password(auth: &str) -> Result<(String, Secret), NoLogin> {
+    let decoded = base64::engine::general_purpose::STANDARD.decode(auth.trim()).map_err(|_| NoLogin)?;
+    let decoded = String::from_utf8(decoded).map_err(|_| NoLogin)?;
+    let (username, password) = decoded.split_once(':').ok_or(NoLogin)?;
+    // Docker pads the password with NUL bytes in very old files.
+    Ok((username.to_owned(), Secret::new(password.trim_end_matches('\0'))))
+}
+
 impl Entry {
-    fn credentials(&self, key: &str, path: &Path) -> Result<Option<Credentials>, CredentialError> {
+    /// What the entry holds; nothing if it is empty.
+    pub(super) fn credentials(&self) -> Result<Option<Credentials>, NoLogin> {
         let filled = |text: &Option<String>| text.clone().filter(|text| !text.is_empty());
         if let Some(token) = filled(&self.identitytoken) {
             return Ok(Some(Credentials::IdentityToken(Secret::new(token))));
@@ -248,18 +176,9 @@ impl Entry {
             return Ok(Some(Credentials::Basic { username, password: Secret::new(password) }));
         }
         let Some(auth) = filled(&self.auth) else { return Ok(None) };
-        let bad = || CredentialError::Auth { path: path.to_owned(), host: key.to_owned() };
-        let decoded = base64::engine::general_purpose::STANDARD.decode(auth.trim()).map_err(|_| bad())?;
-        let decoded = String::from_utf8(decoded).map_err(|_| bad())?;
-        let (username, password) = decoded.split_once(':').ok_or_else(bad)?;
-        // Docker pads the password with NUL bytes in very old files.
-        let password = Secret::new(password.trim_end_matches('\0'));
-        Ok(Some(Credentials::Basic { username: username.to_owned(), password }))
+        let (username, password) = user_and_password(&auth)?;
+        Ok(Some(Credentials::Basic { username, password }))
     }
-}
-
-fn is_docker(host: &str) -> bool {
-    matches!(host, DEFAULT_HOST | "index.docker.io" | "registry-1.docker.io")
 }
 
 /// The keys under which the host may stand.
@@ -267,21 +186,23 @@ fn names_of(host: &str) -> Vec<&str> {
     if is_docker(host) { vec![DOCKER_KEY, DEFAULT_HOST, "index.docker.io", "registry-1.docker.io"] } else { vec![host] }
 }
 
-/// The entry for the host, or for the longest part of the repository that has one (podman's extension).
+/// How well the key of an entry fits, by the length of the part of the repository that it names (podman's extension); none
+/// if it is for something else.
+pub(super) fn fit(key: &str, host: &str, repository: &str) -> Option<usize> {
+    let (of, scope) = place(key);
+    let in_scope =
+        scope.is_empty() || repository.strip_prefix(scope).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+    (same_host(of, host) && in_scope).then_some(scope.len())
+}
+
+/// The entry that fits best, the first of those that fit alike.
 fn best_entry<'a>(auths: &'a BTreeMap<String, Entry>, host: &str, repository: &str) -> Option<(&'a str, &'a Entry)> {
     let mut best: Option<(usize, &str, &Entry)> = None;
     for (key, entry) in auths {
-        let bare = key.split_once("://").map_or(key.as_str(), |(_, rest)| rest).trim_end_matches('/');
-        let (entry_host, scope) = match bare.split_once('/') {
-            Some((entry_host, "v1" | "v2")) => (entry_host, ""),
-            Some((entry_host, scope)) => (entry_host, scope),
-            None => (bare, ""),
-        };
-        let same_host = entry_host.eq_ignore_ascii_case(host) || (is_docker(entry_host) && is_docker(host));
-        let in_scope = scope.is_empty()
-            || repository.strip_prefix(scope).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
-        if same_host && in_scope && best.is_none_or(|(longest, ..)| scope.len() > longest) {
-            best = Some((scope.len(), key, entry));
+        if let Some(length) = fit(key, host, repository)
+            && best.is_none_or(|(longest, ..)| length > longest)
+        {
+            best = Some((length, key, entry));
         }
     }
     best.map(|(_, key, entry)| (key, entry))
@@ -341,7 +262,7 @@ mod tests {
             ("raw.example", "x", Some(Credentials::RegistryToken(Secret::new("bearer")))),
             ("empty.example", "x", None),
         ] {
-            assert_eq!(config.find(host, repository).await.unwrap(), expected, "{host}/{repository}");
+            assert_eq!(config.ask_docker(host, repository).await.unwrap(), expected, "{host}/{repository}");
         }
     }
 
@@ -363,7 +284,7 @@ mod tests {
             ("c.example", Some(basic("m1", "p1"))),
             ("d.example", None),
         ] {
-            assert_eq!(config.find(host, "x").await.unwrap(), expected, "{host}");
+            assert_eq!(config.ask_docker(host, "x").await.unwrap(), expected, "{host}");
         }
     }
 
@@ -384,12 +305,12 @@ mod tests {
         ] {
             let config =
                 CredentialConfig { helper_timeout: Some(Duration::from_millis(300)), ..config(directory.path(), text) };
-            let error = config.find("h.example", "x").await.expect_err(text);
+            let error = config.ask_docker("h.example", "x").await.expect_err(text);
             let shown = format!("{error} {error:?}");
             assert!(shown.contains(message), "{text} gave {shown}");
             assert!(!shown.contains("hunter2"), "{shown} shows a secret");
         }
         let missing = CredentialConfig { docker_config: Some("/nowhere/config.json".into()), ..Default::default() };
-        assert_eq!(missing.find("h.example", "x").await.unwrap(), None);
+        assert_eq!(missing.ask_docker("h.example", "x").await.unwrap(), None);
     }
 }

@@ -14,6 +14,7 @@ use futures::future::try_join_all;
 use tokio::runtime::Handle;
 
 use super::config::Config as Settings;
+use super::logins::Sources;
 use crate::fetch::{FetchConfig, Fetcher, LayerImage, Room};
 use crate::model::{BlobDigest, ByteRange, ChainId, DiffId, ReadAt, ReadAtError};
 use crate::oci::{
@@ -35,6 +36,7 @@ pub struct House {
     runtime: Handle,
     fetch: FetchConfig,
     fetcher: Arc<OnceLock<Fetcher>>,
+    sources: Sources,
 }
 
 /// An image whose documents have been read.
@@ -72,13 +74,19 @@ impl std::fmt::Debug for House {
     }
 }
 
-/// A client of registries as the configuration describes it.
+/// A client of registries as the configuration describes it, for a process that does not stay.
 pub fn transports(settings: &Settings) -> Transports {
+    transports_with(settings, &Sources::default())
+}
+
+fn transports_with(settings: &Settings, sources: &Sources) -> Transports {
     let registry = &settings.registry;
     let client = Client::new(ClientConfig {
         certs_d: registry.certs_d.clone(),
         credentials: CredentialConfig {
             docker_config: Some(registry.docker_config.clone()),
+            pulled: sources.pulled.clone(),
+            cluster: sources.cluster.clone(),
             ..CredentialConfig::default()
         },
         patience: Patience {
@@ -133,7 +141,15 @@ impl House {
             deadline: said.deadline,
             ..FetchConfig::default()
         };
-        Ok(Self { transports: transports(settings), store: Arc::new(store), runtime, fetch, fetcher: Arc::default() })
+        let sources = Sources::new(settings);
+        Ok(Self {
+            transports: transports_with(settings, &sources),
+            store: Arc::new(store),
+            runtime,
+            fetch,
+            fetcher: Arc::default(),
+            sources,
+        })
     }
 
     /// The one download path. Its threads begin here, so that commands that only read documents start none.
@@ -227,6 +243,11 @@ impl House {
             _ => Room::default(),
         };
         Ok((evicted, room))
+    }
+
+    /// The sources of credentials that somebody has to start.
+    pub(super) const fn sources(&self) -> &Sources {
+        &self.sources
     }
 
     /// Lets changed logins and hosts count from now on.

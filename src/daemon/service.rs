@@ -71,6 +71,7 @@ pub fn run(settings: &Settings, above: &Above, runtime: &Handle) -> anyhow::Resu
             Some(address) => Some(tokio::spawn(listen_for_metrics(address, Arc::clone(&api)).await?)),
             None => None,
         };
+        let _logins = host.house().sources().start(settings)?;
         let until_end = async {
             bring_back(&host).await;
             api.set_ready(true);

@@ -1,5 +1,5 @@
 //! containerd's protocol: the snapshots service, translated to and from the words of this program, and the way to
-//! containerd's own services.
+//! containerd's own services; and the image service of CRI, passed on to see what kubelets pull with.
 //!
 //! ```text
 //! containerd ── unix socket ── service ── Snapshotter      ten calls in our own words
@@ -15,6 +15,7 @@
 mod ask;
 mod calls;
 mod client;
+mod cri;
 pub mod proto;
 mod server;
 mod service;
@@ -25,6 +26,7 @@ mod translate;
 pub use ask::{containerd_version, snapshotter_answers};
 pub use calls::{Calls, Tally};
 pub use client::connect;
+pub use cri::CriProxy;
 pub use server::{ServeError, Services, bind, serve};
 pub use snapshotter::{Mount, Prepared, Snapshotter, SnapshotterError};
 /// What makes `async fn` of a trait that is used behind a pointer.

@@ -31,7 +31,7 @@ pub enum ServeError {
         source: io::Error,
     },
     /// The server ended by itself.
-    #[error("the service for containerd ended")]
+    #[error("the service on the socket ended")]
     Ended(#[source] tonic::transport::Error),
 }
 
@@ -84,13 +84,13 @@ pub async fn serve(
 }
 
 /// Connections as they come. Being out of descriptors passes.
-fn accepted(listener: UnixListener) -> impl Stream<Item = io::Result<UnixStream>> {
+pub(super) fn accepted(listener: UnixListener) -> impl Stream<Item = io::Result<UnixStream>> {
     futures::stream::unfold(listener, async |listener| {
         loop {
             match listener.accept().await {
                 Ok((connection, _)) => return Some((Ok(connection), listener)),
                 Err(error) => {
-                    tracing::warn!(%error, "a connection from containerd is not taken yet");
+                    tracing::warn!(%error, "a connection is not taken yet");
                     tokio::time::sleep(BREATH).await;
                 }
             }

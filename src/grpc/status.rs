@@ -22,6 +22,16 @@ pub(super) fn there(name: &str) -> Status {
     Status::already_exists(format!("snapshot {name:?} is there already"))
 }
 
+/// Whoever a call is passed on to is not there.
+pub(super) fn unreachable(whom: &str, error: &(dyn std::error::Error + 'static)) -> Status {
+    Status::unavailable(format!("cannot reach {whom}: {}", words(error)))
+}
+
+/// A message that did not come whole, or is larger than any.
+pub(super) fn cut(error: &(dyn std::error::Error + 'static)) -> Status {
+    Status::aborted(format!("the message did not come whole: {}", words(error)))
+}
+
 pub(super) fn code(error: &SnapshotterError) -> Code {
     match error {
         SnapshotterError::Snapshots(error) => of_snapshots(error),

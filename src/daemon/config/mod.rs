@@ -187,6 +187,19 @@ pub struct RegistryConfig {
     pub rounds: u32,
 }
 
+/// Where credentials come from, beside Docker's `config.json`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CredentialSettings {
+    /// Whether the image service of CRI is passed on to containerd, to see what kubelets pull with.
+    pub cri_proxy: bool,
+    /// The socket it is passed on to.
+    pub cri_upstream: PathBuf,
+    /// A kubeconfig that may list and watch secrets, if there is one.
+    pub kubeconfig: Option<PathBuf>,
+    /// The namespaces whose secrets count; none is all.
+    pub namespaces: Vec<String>,
+}
+
 /// How layers are fetched.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FetchSettings {
@@ -233,6 +246,8 @@ pub struct Config {
     pub log_level: LogLevel,
     /// How registries are spoken to.
     pub registry: RegistryConfig,
+    /// Where credentials come from, beside Docker's `config.json`.
+    pub credentials: CredentialSettings,
     /// How layers are fetched.
     pub fetch: FetchSettings,
     /// How images are filled in the background.
@@ -265,11 +280,13 @@ impl Config {
 
     /// The settings in which this differs from `other`, and which a daemon takes in only when it starts.
     pub fn differences(&self, other: &Self) -> Vec<&'static str> {
-        let Self { root, run, log_level: _, registry, fetch, fill, sync_interval, quota, reserve, daemon } = self;
+        let Self { root, run, log_level: _, registry, credentials, fetch, fill, sync_interval, quota, reserve, daemon } =
+            self;
         let differ = [
             ("root", *root != other.root),
             ("run", *run != other.run),
             ("registry", *registry != other.registry),
+            ("credentials", *credentials != other.credentials),
             ("fetch", *fetch != other.fetch),
             (
                 "fill",
@@ -301,7 +318,7 @@ impl Config {
     }
 
     fn mean(said: Said, path: &Path, surroundings: &Surroundings) -> Result<Self, ConfigError> {
-        let Said { root, run, log_level, registry, fetch, fill, store, daemon } = said;
+        let Said { root, run, log_level, registry, credentials, fetch, fill, store, daemon } = said;
         let span = |said: Option<Span>, default: Duration| said.map_or(default, |Span(span)| span);
         let wrong = |key, why| ConfigError::Value { path: path.to_owned(), key, why };
         let metrics_listen = match daemon.metrics_listen.as_deref() {
@@ -327,6 +344,14 @@ impl Config {
                 deadline: span(registry.deadline, Duration::from_secs(90)),
                 rounds: registry.rounds.unwrap_or(5),
             },
+            credentials: CredentialSettings {
+                cri_proxy: credentials.cri_proxy.unwrap_or(false),
+                cri_upstream: credentials
+                    .cri_upstream
+                    .unwrap_or_else(|| PathBuf::from("/run/containerd/containerd.sock")),
+                kubeconfig: credentials.kubeconfig.filter(|path| !path.as_os_str().is_empty()),
+                namespaces: credentials.namespaces.unwrap_or_default(),
+            },
             fetch: FetchSettings {
                 memory: fetch.memory.map_or(16 << 20, |Size(bytes)| bytes),
                 connections: fetch.connections.unwrap_or(8),
@@ -350,6 +375,13 @@ impl Config {
         }
         if !config.run.is_absolute() {
             return wrong("run", "must be an absolute path");
+        }
+        // Namespaces are DNS labels, and become parts of an address.
+        let is_label = |name: &String| {
+            !name.is_empty() && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+        };
+        if !config.credentials.namespaces.iter().all(is_label) {
+            return wrong("credentials.namespaces", "must be names of namespaces: small letters, digits and dashes");
         }
         if config.fetch.memory < 1 << 20 {
             return wrong("fetch.memory", "must be at least 1MiB");
@@ -398,7 +430,7 @@ mod tests {
     fn every_said_value_counts() {
         let config = parse(
             "root = '/r'\nrun = '/n'\nlog_level = 'debug'\n[registry]\ndocker_config = '/d'\ncerts_d = []\nconnect_timeout = '1s'\n\
-             response_timeout = '2s'\nidle_timeout = '3s'\ndeadline = '4m'\nrounds = 6\n[fetch]\nmemory = '7MiB'\n\
+             response_timeout = '2s'\nidle_timeout = '3s'\ndeadline = '4m'\nrounds = 6\n[credentials]\ncri_proxy = true\ncri_upstream = '/c'\nkubeconfig = '/k'\nnamespaces = ['a', 'b-1']\n[fetch]\nmemory = '7MiB'\n\
              connections = 8\ndeadline = '9ms'\nread_ahead = '10kB'\n[fill]\n\
              enabled = false\nstart_delay = '13s'\nbandwidth = '14MB'\nconnections = 15\n[store]\nsync_interval = '11h'\nquota = '16GiB'\n\
              reserve = '17kB'\n[daemon]\n\
@@ -417,6 +449,12 @@ mod tests {
                 idle_timeout: Duration::from_secs(3),
                 deadline: Duration::from_secs(240),
                 rounds: 6,
+            },
+            credentials: CredentialSettings {
+                cri_proxy: true,
+                cri_upstream: "/c".into(),
+                kubeconfig: Some("/k".into()),
+                namespaces: vec!["a".to_owned(), "b-1".to_owned()],
             },
             fetch: FetchSettings {
                 memory: 7 << 20,
@@ -470,6 +508,8 @@ mod tests {
             "[fetch]\ndeadline = '5'",
             "[fetch]\ndeadline = '5 s'",
             "[registry]\nrounds = 0",
+            "[credentials]\nnamespaces = ['../x']",
+            "[credentials]\nnamespaces = ['']",
             "fetch = 3",
             "[fetch",
         ] {

@@ -14,6 +14,7 @@ pub(super) const KEYS: &[(&str, &[&str])] = &[
         "registry",
         &["docker_config", "certs_d", "connect_timeout", "response_timeout", "idle_timeout", "deadline", "rounds"],
     ),
+    ("credentials", &["cri_proxy", "cri_upstream", "kubeconfig", "namespaces"]),
     ("fetch", &["memory", "connections", "deadline", "read_ahead"]),
     ("fill", &["enabled", "start_delay", "bandwidth", "connections"]),
     ("store", &["sync_interval", "quota", "reserve"]),
@@ -28,6 +29,8 @@ pub(super) struct Said {
     pub(super) log_level: Option<LogLevel>,
     #[serde(default)]
     pub(super) registry: SaidRegistry,
+    #[serde(default)]
+    pub(super) credentials: SaidCredentials,
     #[serde(default)]
     pub(super) fetch: SaidFetch,
     #[serde(default)]
@@ -47,6 +50,14 @@ pub(super) struct SaidRegistry {
     pub(super) idle_timeout: Option<Span>,
     pub(super) deadline: Option<Span>,
     pub(super) rounds: Option<u32>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+pub(super) struct SaidCredentials {
+    pub(super) cri_proxy: Option<bool>,
+    pub(super) cri_upstream: Option<PathBuf>,
+    pub(super) kubeconfig: Option<PathBuf>,
+    pub(super) namespaces: Option<Vec<String>>,
 }
 
 #[derive(Debug, Default, Deserialize)]

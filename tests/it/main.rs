@@ -8,6 +8,7 @@ mod cli;
 mod containerd;
 mod convert_image;
 mod convert_layer;
+mod credentials;
 mod daemon;
 mod drivers;
 mod erofs_abuse;

@@ -253,6 +253,12 @@ async fn passwords_come_from_the_file_that_a_login_writes() {
     }
 }
 
+/// Puts a small image as `app:v1` behind the password of [`htpasswd`].
+pub(crate) async fn put_tiny(host: &str, spool: &Path) {
+    let transports = transports(with_login(host, "me", "hunter2"), spool);
+    push(&transports, &format!("docker://{host}/app:v1"), &image()).await.unwrap();
+}
+
 /// Runs openssl in `directory`.
 fn openssl(directory: &Path, arguments: &[&str]) {
     let output = Command::new("openssl").args(arguments).current_dir(directory).output().unwrap();
@@ -296,8 +302,8 @@ pub(crate) fn certificates(directory: &Path) {
     }
 }
 
-/// nginx with TLS in front of a registry; only those with our certificate come in.
-pub(crate) fn nginx(directory: &Path, registry: &Registry) -> (Process, u16) {
+/// nginx with TLS in front of whoever listens at `host`; only those with our certificate come in.
+pub(crate) fn nginx(directory: &Path, host: &str) -> (Process, u16) {
     for _ in 0..5 {
         let port = free_port();
         let text = format!(
@@ -306,9 +312,9 @@ pub(crate) fn nginx(directory: &Path, registry: &Registry) -> (Process, u16) {
              client_body_temp_path {d}/t2; fastcgi_temp_path {d}/t3; uwsgi_temp_path {d}/t4; scgi_temp_path {d}/t5;
              server {{ listen 127.0.0.1:{port} ssl; ssl_certificate {d}/server.pem; ssl_certificate_key {d}/server.key;
              ssl_client_certificate {d}/ca.pem; ssl_verify_client on; location / {{ proxy_pass http://{host}; proxy_set_header Host $http_host;
+             proxy_http_version 1.1; proxy_buffering off;
              proxy_set_header X-Forwarded-Proto https; }} }} }}",
             d = directory.display(),
-            host = registry.host(),
         );
         let config = directory.join("nginx.conf");
         std::fs::write(&config, text).unwrap();
@@ -328,7 +334,7 @@ async fn an_own_authority_and_a_client_certificate_are_configured_as_for_contain
     let at = |name: &str| directory.path().join(name).display().to_string();
     certificates(directory.path());
     let registry = Registry::start(directory.path(), &htpasswd(directory.path()));
-    let (_nginx, port) = nginx(directory.path(), &registry);
+    let (_nginx, port) = nginx(directory.path(), &registry.host());
     let host = format!("127.0.0.1:{port}");
     let text = format!("docker://{host}/app:v1");
     let tiny = image();

@@ -165,7 +165,7 @@ fn a_password_and_an_own_authority_from_conversion_to_mount() {
     let directory = stage.make("registry");
     certificates(&directory);
     let registry = Registry::start(&directory, &htpasswd(&directory));
-    let (front, port) = nginx(&directory, &registry);
+    let (front, port) = nginx(&directory, &registry.host());
     let host = format!("127.0.0.1:{port}");
     trust(&stage, &host, "me:hunter2");
     let layers = [tar(&[("dir/", b""), ("dir/a", &noise(3, 2 << 20))]), tar(&[("b", b"behind a password")])];

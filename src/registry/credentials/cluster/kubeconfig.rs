@@ -278,7 +278,7 @@ mod tests {
             (config(server, "{}").replace("current-context: here", "current-context: away"), "no context \"away\""),
             (config(server, "{}").replace("user: u}", "user: x}"), "no user \"x\""),
             ("a: [".to_owned(), "cannot understand the kubeconfig"),
-            (String::new(), "cannot understand the kubeconfig"),
+            (String::new(), "no context \"\""),
         ] {
             let error = open(&text).err().unwrap_or_else(|| panic!("{text} was taken"));
             let shown = format!("{error} {error:?}");

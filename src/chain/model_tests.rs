@@ -88,7 +88,7 @@ fn command(step: &Step) -> Option<Command> {
             name: key(name),
             parent: optional(parent),
             labels: Labels::new(),
-            usage: Usage::default(),
+            usage: Some(Usage::default()),
         },
         Step::Remove(name) => Command::Remove { key: key(name) },
         Step::Label(name, label, value, all) => Command::Update {

@@ -42,7 +42,14 @@ pub enum Command {
         parent: Option<Key>,
         /// Its labels from then on: those it had are gone.
         labels: Labels,
-        /// What it takes on disk.
+        /// What it takes on disk, if that is known already.
+        usage: Option<Usage>,
+    },
+    /// Notes what a committed snapshot takes on disk.
+    Measured {
+        /// Which.
+        key: Key,
+        /// What it takes.
         usage: Usage,
     },
     /// Ends a snapshot on which nothing stands.
@@ -100,6 +107,7 @@ pub(super) fn plan(chain: &Chain, command: &Command, now: Timestamp) -> Result<C
         Command::Commit { key, name, parent, labels, usage } => {
             commit(&mut draft, key, name, parent.as_ref(), labels, *usage, now)?;
         }
+        Command::Measured { key, usage } => measured(&mut draft, key, *usage)?,
         Command::Remove { key } => remove(&mut draft, key)?,
         Command::Update { key, labels, fields } => update(&mut draft, key, labels, fields, now)?,
         Command::Pull { image, manifest, layers } => fill::pull(&mut draft, image, *manifest, layers, now)?,
@@ -158,7 +166,7 @@ fn commit(
     name: &Key,
     parent: Option<&Key>,
     labels: &Labels,
-    usage: Usage,
+    usage: Option<Usage>,
     now: Timestamp,
 ) -> Result<(), ChainError> {
     free(draft, name)?;
@@ -191,12 +199,22 @@ fn commit(
         labels: checked_labels(name, labels)?,
         created: now,
         updated: now,
-        usage: Some(usage),
+        usage,
         ..snapshot.clone()
     };
     draft.drop_snapshot(key);
     draft.put(committed);
     draft.effect(Effect::Committed(name.clone()));
+    Ok(())
+}
+
+fn measured(draft: &mut Draft<'_>, key: &Key, usage: Usage) -> Result<(), ChainError> {
+    let snapshot = draft.named(key, Subject::Snapshot)?.clone();
+    if snapshot.kind != Kind::Committed {
+        let (name, unmet) = (key.to_string(), Unmet::Kind(snapshot.kind));
+        return Err(ChainError::FailedPrecondition { attempted: "measure", name, unmet });
+    }
+    draft.put(Snapshot { usage: Some(usage), ..snapshot });
     Ok(())
 }
 

@@ -30,7 +30,7 @@ fn commit(from: &str, name: &str, parent: &str) -> Command {
         name: key(name),
         parent: Key::optional(parent).unwrap(),
         labels: Labels::new(),
-        usage: Usage::default(),
+        usage: Some(Usage::default()),
     }
 }
 
@@ -375,12 +375,34 @@ fn a_commit_replaces_labels_and_begins_a_new_time() {
     chain.apply(&prepared, at(1)).unwrap();
     assert_eq!(chain.stat("a").unwrap().labels, labels(&[("x", "1")]));
     let usage = Usage { bytes: 12, inodes: 3 };
-    let committed =
-        Command::Commit { key: key("a"), name: key("c"), parent: None, labels: labels(&[("z", "2")]), usage };
+    let committed = Command::Commit {
+        key: key("a"),
+        name: key("c"),
+        parent: None,
+        labels: labels(&[("z", "2")]),
+        usage: Some(usage),
+    };
     chain.apply(&committed, at(2)).unwrap();
     let found = chain.stat("c").unwrap();
     assert_eq!((&found.labels, found.created, found.updated), (&labels(&[("z", "2")]), at(2), at(2)));
     assert_eq!(found.usage, Some(usage));
+}
+
+#[test]
+fn what_is_committed_is_measured_later() {
+    let usage = Usage { bytes: 12, inodes: 3 };
+    let measured = |name: &str| Command::Measured { key: key(name), usage };
+    let mut chain = Chain::default();
+    let prepare = Command::Prepare { key: key("a"), parent: None, labels: Labels::new(), layer: None };
+    chain.apply(&prepare, at(1)).unwrap();
+    assert_eq!(chain.apply(&measured("a"), at(2)).map_err(|error| class(&error)), Err(Precondition));
+    assert_eq!(chain.apply(&measured("b"), at(2)).map_err(|error| class(&error)), Err(NotFound));
+    let commit = Command::Commit { key: key("a"), name: key("b"), parent: None, labels: Labels::new(), usage: None };
+    chain.apply(&commit, at(2)).unwrap();
+    assert_eq!(chain.stat("b").unwrap().usage, None);
+    chain.apply(&measured("b"), at(3)).unwrap();
+    let found = chain.stat("b").unwrap();
+    assert_eq!((found.usage, found.updated), (Some(usage), at(2)));
 }
 
 #[test]
@@ -399,7 +421,7 @@ fn what_is_too_large_is_refused() {
             name: key("new"),
             parent: None,
             labels: large.clone(),
-            usage: Usage::default(),
+            usage: Some(Usage::default()),
         },
         Command::Update { key: key("active-1"), labels: large, fields: Vec::new() },
     ] {
@@ -425,7 +447,7 @@ fn lists_are_containerds_walks() {
         name: key(name),
         parent: None,
         labels: labels(&[root, ("l", label)]),
-        usage: Usage::default(),
+        usage: Some(Usage::default()),
     };
     apply(
         &mut chain,

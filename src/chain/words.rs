@@ -211,7 +211,7 @@ pub struct Snapshot {
     pub content: Content,
     /// Who ends it.
     pub owner: Owner,
-    /// What it took on disk when it was committed.
+    /// What it takes on disk, once it is committed and was measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub usage: Option<Usage>,
     /// Set while its layer fills: active then, without parent.

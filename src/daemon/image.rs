@@ -15,12 +15,14 @@ use tokio::runtime::Handle;
 
 use super::config::Config as Settings;
 use super::logins::Sources;
+use super::recorder::PATIENCE;
 use crate::fetch::{FetchConfig, Fetcher, LayerImage, Room};
 use crate::model::{BlobDigest, ByteRange, ChainId, DiffId, ReadAt, ReadAtError};
 use crate::oci::{
     self, Descriptor, Document, ImagePlan, LayoutImage, Manifest, PlanError, Platform, Prefer, Reference, StackedLayer,
 };
 use crate::registry::{Client, ClientConfig, CredentialConfig, Patience};
+use crate::snapshots::{Snapshots, SnapshotsConfig};
 use crate::store::{CacheGoal, Evicted, Store, StoreConfig, StoreError};
 use crate::transport::{ImageSource, ResolvedImage, Transports};
 use crate::unpack::{Progress, unpack_ordinary};
@@ -37,6 +39,7 @@ pub struct House {
     fetch: FetchConfig,
     fetcher: Arc<OnceLock<Fetcher>>,
     sources: Sources,
+    snapshots: Option<Arc<Snapshots>>,
 }
 
 /// An image whose documents have been read.
@@ -149,7 +152,23 @@ impl House {
             fetch,
             fetcher: Arc::default(),
             sources,
+            snapshots: None,
         })
+    }
+
+    /// Has the records of snapshots open from now on, as the one process that changes them. Waits for others to close
+    /// them.
+    ///
+    /// # Errors
+    /// They cannot be had.
+    pub fn open_snapshots(&mut self, config: SnapshotsConfig) -> anyhow::Result<()> {
+        self.snapshots = Some(Arc::new(Snapshots::open_patiently(&self.store, config, PATIENCE)?));
+        Ok(())
+    }
+
+    /// The snapshots, if this process has their records open.
+    pub const fn snapshots(&self) -> Option<&Arc<Snapshots>> {
+        self.snapshots.as_ref()
     }
 
     /// The one download path. Its threads begin here, so that commands that only read documents start none.

@@ -21,26 +21,33 @@ use axum::routing::get;
 use super::api::Api;
 use crate::control::Served as _;
 use crate::fetch::Counters;
-use crate::observe::{FETCH_METRICS, HOST_METRICS, HOST_METRICS_LEN, Metric};
+use crate::grpc::{Calls, Tally};
+use crate::observe::{CALL_METRICS, CALL_SECONDS, FETCH_METRICS, HOST_METRICS, HOST_METRICS_LEN, Metric};
 
 /// What the listener answers.
-pub(super) fn router(api: Arc<Api>) -> Router {
+pub(super) fn router(api: Arc<Api>, calls: Arc<Calls>) -> Router {
     Router::new()
         .route("/metrics", get(metrics))
         .route("/healthz", get(async || "healthy\n"))
         .route("/readyz", get(ready))
-        .with_state(api)
+        .with_state(Watched { api, calls })
 }
 
-async fn ready(State(api): State<Arc<Api>>) -> (StatusCode, &'static str) {
+#[derive(Clone)]
+struct Watched {
+    api: Arc<Api>,
+    calls: Arc<Calls>,
+}
+
+async fn ready(State(Watched { api, .. }): State<Watched>) -> (StatusCode, &'static str) {
     match api.health().ready {
         true => (StatusCode::OK, "ready\n"),
         false => (StatusCode::SERVICE_UNAVAILABLE, "not ready\n"),
     }
 }
 
-async fn metrics(State(api): State<Arc<Api>>) -> impl IntoResponse {
-    let text = tokio::task::spawn_blocking(move || text(&api.counters(), &api.gauges())).await;
+async fn metrics(State(Watched { api, calls }): State<Watched>) -> impl IntoResponse {
+    let text = tokio::task::spawn_blocking(move || text(&api.counters(), &api.gauges(), &calls)).await;
     match text {
         Ok(text) => (StatusCode::OK, [(CONTENT_TYPE, "text/plain; version=0.0.4")], text),
         Err(_) => (StatusCode::INTERNAL_SERVER_ERROR, [(CONTENT_TYPE, "text/plain")], String::new()),
@@ -48,7 +55,7 @@ async fn metrics(State(api): State<Arc<Api>>) -> impl IntoResponse {
 }
 
 /// The numbers in the order of `FETCH_METRICS` and `HOST_METRICS`.
-fn text(counters: &Counters, gauges: &[u64; HOST_METRICS_LEN]) -> String {
+fn text(counters: &Counters, gauges: &[u64; HOST_METRICS_LEN], calls: &Calls) -> String {
     let mut text = String::new();
     let Counters { fetched, needed, read, chunks, requests, retries, corrupt, disk_full, evicted } = *counters;
     let counted = [fetched, needed, read, chunks, requests, retries, corrupt, disk_full, evicted];
@@ -58,14 +65,42 @@ fn text(counters: &Counters, gauges: &[u64; HOST_METRICS_LEN]) -> String {
     for (metric, value) in HOST_METRICS.iter().zip(gauges) {
         line(&mut text, metric, "", "gauge", *value);
     }
+    for part in of_calls(calls) {
+        text.push_str(&part);
+        text.push('\n');
+    }
     text
 }
 
 fn line(text: &mut String, metric: &Metric, end: &str, kind: &str, value: u64) {
+    let name = name(metric, end);
+    writeln!(text, "{}\n{name} {value}", head(metric, &name, kind)).expect("writing to a string never fails");
+}
+
+fn name(metric: &Metric, end: &str) -> String {
     let unit = Some(metric.unit.suffix()).filter(|unit| !format!("_{}", metric.name).ends_with(unit)).unwrap_or("");
-    let name = format!("headstart_{}{unit}{end}", metric.name);
-    writeln!(text, "# HELP {name} {}\n# TYPE {name} {kind}\n{name} {value}", metric.meaning)
-        .expect("writing to a string never fails");
+    format!("headstart_{}{unit}{end}", metric.name)
+}
+
+fn head(metric: &Metric, name: &str, kind: &str) -> String {
+    format!("# HELP {name} {}\n# TYPE {name} {kind}", metric.meaning)
+}
+
+/// Lines about containerd's calls, each with the name of the call.
+fn of_calls(calls: &Calls) -> Vec<String> {
+    let [failed, seconds] = &CALL_METRICS;
+    let (failed_name, name) = (name(failed, "_total"), name(seconds, ""));
+    let mut lines = vec![head(failed, &failed_name, "counter")];
+    lines.extend(calls.tallies().map(|(call, tally)| format!("{failed_name}{{call=\"{call}\"}} {}", tally.failed)));
+    lines.push(head(seconds, &name, "histogram"));
+    for (call, Tally { failed: _, time, within }) in calls.tallies() {
+        let bounds = CALL_SECONDS.iter().map(ToString::to_string).chain(["+Inf".to_owned()]);
+        let bucket = |(bound, count)| format!("{name}_bucket{{call=\"{call}\",le=\"{bound}\"}} {count}");
+        lines.extend(bounds.zip(within).map(bucket));
+        lines.push(format!("{name}_sum{{call=\"{call}\"}} {}", time.as_secs_f64()));
+        lines.push(format!("{name}_count{{call=\"{call}\"}} {}", within[CALL_SECONDS.len()]));
+    }
+    lines
 }
 
 #[cfg(test)]
@@ -85,8 +120,19 @@ mod tests {
             disk_full: 8,
             evicted: 9,
         };
-        let text = text(&counters, &[9, 10, 11, 1]);
-        let lines: Vec<&str> = text.lines().filter(|line| !line.starts_with('#')).collect();
+        let text = text(&counters, &[9, 10, 11, 1], &Calls::default());
+        let (calls, others): (Vec<&str>, Vec<&str>) =
+            text.lines().filter(|line| !line.starts_with('#')).partition(|line| line.contains('{'));
+        for line in [
+            "headstart_containerd_failed_calls_total{call=\"commit\"} 0",
+            "headstart_containerd_call_seconds_bucket{call=\"prepare\",le=\"0.025\"} 0",
+            "headstart_containerd_call_seconds_bucket{call=\"prepare\",le=\"+Inf\"} 0",
+            "headstart_containerd_call_seconds_sum{call=\"prepare\"} 0",
+            "headstart_containerd_call_seconds_count{call=\"cleanup\"} 0",
+        ] {
+            assert!(calls.contains(&line), "{line} is not among {calls:#?}");
+        }
+        let lines = others;
         assert_eq!(
             lines,
             [
@@ -106,7 +152,8 @@ mod tests {
             ]
         );
         let manual = include_str!("../../docs/metrics.md");
-        for line in lines {
+        let of_calls = ["headstart_containerd_failed_calls_total", "headstart_containerd_call_seconds"];
+        for line in lines.into_iter().chain(of_calls) {
             let name = line.split(' ').next().unwrap();
             assert!(manual.contains(&format!("| `{name}` |")), "docs/metrics.md lacks {name}");
         }

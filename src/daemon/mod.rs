@@ -9,6 +9,7 @@ pub mod image;
 pub mod logins;
 mod metrics;
 pub mod mounts;
+pub mod node;
 pub mod notify;
 pub mod place;
 pub mod pull;

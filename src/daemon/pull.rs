@@ -95,7 +95,7 @@ impl Pull {
     pub async fn begin(house: &House, documents: Documents, progress: &Arc<Progress>) -> anyhow::Result<Self> {
         let image = house.bring_image(documents, Some(Arc::clone(progress))).await?;
         let name = image.documents.reference.to_string();
-        let recorder = Arc::new(Recorder::new(&house.store, name, image.documents.digest, &image.layers));
+        let recorder = Arc::new(Recorder::new(house, name, image.documents.digest, &image.layers));
         record(house.runtime(), &recorder).await?;
         for layer in &image.layers {
             let recorder = Arc::clone(&recorder);

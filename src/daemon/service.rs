@@ -21,9 +21,12 @@ use super::config::{Config as Settings, LogLevel};
 use super::host::Host;
 use super::metrics;
 use super::mounts::{Entry, Mounts};
+use super::node::layers::Nothing;
+use super::node::{Node, NodeOptions};
 use super::notify::Notify;
 use super::place::Place;
 use crate::control::ControlServer;
+use crate::grpc::{self, Calls, Services};
 
 /// How long questions that are under way may take when everything else has ended.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
@@ -67,13 +70,29 @@ pub fn run(settings: &Settings, above: &Above, runtime: &Handle) -> anyhow::Resu
             // A sender that is gone stops it as well.
             stopped.await.ok();
         }));
+        let calls = Arc::<Calls>::default();
         let listening = match settings.daemon.metrics_listen {
-            Some(address) => Some(tokio::spawn(listen_for_metrics(address, Arc::clone(&api)).await?)),
+            Some(address) => {
+                Some(tokio::spawn(listen_for_metrics(address, Arc::clone(&api), Arc::clone(&calls)).await?))
+            }
             None => None,
         };
         let _logins = host.house().sources().start(settings)?;
+        let node = containerd_node(&host)?;
+        // Who calls before everything is back waits, and is not turned away.
+        let listener = node.is_some().then(|| grpc::bind(&settings.containerd.socket)).transpose()?;
+        let (close, closed) = oneshot::channel::<()>();
         let until_end = async {
-            bring_back(&host).await;
+            tokio::join!(bring_back(&host), async {
+                if let Some(node) = &node {
+                    node.bring_back().await;
+                }
+            });
+            if let Some((node, listener)) = node.zip(listener) {
+                let services = Services { snapshotter: Arc::new(node), calls: Arc::clone(&calls) };
+                tokio::spawn(serve_containerd(listener, services, async { closed.await.unwrap_or_default() }));
+                tracing::info!(socket = %settings.containerd.socket.display(), "snapshots are served to containerd");
+            }
             api.set_ready(true);
             notify.say("READY=1");
             tracing::info!(
@@ -90,6 +109,7 @@ pub fn run(settings: &Settings, above: &Above, runtime: &Handle) -> anyhow::Resu
         };
         tokio::select! { () = until_end => (), () = any(&mut end) => () }
         tracing::info!("the daemon ends");
+        drop(close);
         api.set_ready(false);
         notify.say("STOPPING=1");
         drop(stop);
@@ -105,6 +125,30 @@ pub fn run(settings: &Settings, above: &Above, runtime: &Handle) -> anyhow::Resu
     })
 }
 
+/// The snapshots that containerd is served, if it is.
+fn containerd_node(host: &Arc<Host>) -> anyhow::Result<Option<Node>> {
+    let settings = host.settings();
+    let Some(snapshots) = host.house().snapshots().filter(|_| settings.containerd.enabled) else { return Ok(None) };
+    let options = NodeOptions {
+        prepare_timeout: settings.containerd.prepare_timeout,
+        fill: (settings.fill.enabled && settings.containerd.fill).then(|| host.fill_options()),
+        links: settings.run.join("f"),
+    };
+    let runtime = host.house().runtime().clone();
+    Node::new(Arc::clone(snapshots), Arc::new(Nothing), Arc::new(Nothing), options, runtime).map(Some)
+}
+
+async fn serve_containerd(
+    listener: tokio::net::UnixListener,
+    services: Services,
+    closed: impl Future<Output = ()> + Send,
+) {
+    if let Err(error) = grpc::serve(listener, services, closed).await {
+        let error: &dyn std::error::Error = &error;
+        tracing::error!(error, "containerd is not served any more");
+    }
+}
+
 fn listen(kind: SignalKind) -> anyhow::Result<Signal> {
     signal(kind).context("cannot listen for signals")
 }
@@ -117,12 +161,13 @@ async fn any(signals: &mut [Signal; 2]) {
 async fn listen_for_metrics(
     address: SocketAddr,
     api: Arc<Api>,
+    calls: Arc<Calls>,
 ) -> anyhow::Result<impl Future<Output = ()> + Send + 'static> {
     let listener = tokio::net::TcpListener::bind(address)
         .await
         .with_context(|| format!("cannot listen for metrics on {address}"))?;
     Ok(async move {
-        if let Err(error) = axum::serve(listener, metrics::router(api)).await {
+        if let Err(error) = axum::serve(listener, metrics::router(api, calls)).await {
             tracing::warn!(%error, "the metrics listener ended with a fault");
         }
     })

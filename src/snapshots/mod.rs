@@ -158,6 +158,11 @@ impl Snapshots {
         }
     }
 
+    /// Where everything is kept.
+    pub fn root(&self) -> &std::path::Path {
+        self.store.root()
+    }
+
     fn command(&self, command: &Command) -> Result<Change, SnapshotsError> {
         let change = self.records.apply(command, now(), |change| {
             for effect in &change.effects {
@@ -238,7 +243,8 @@ impl Snapshots {
         })
     }
 
-    /// Finishes the active snapshot `key`: from then on it is `name`, on `parent` if it had none.
+    /// Finishes the active snapshot `key`: from then on it is `name`, on `parent` if it had none. What it takes on disk is
+    /// not known before it is measured: that takes as long as it has files.
     ///
     /// # Errors
     /// See [`SnapshotsError`].
@@ -249,9 +255,21 @@ impl Snapshots {
         if let Some(snapshot) = own.filter(|_| self.config.sync) {
             self.files.sync(snapshot.slot)?;
         }
-        let usage = self.usage(key.as_str()).unwrap_or_default();
-        self.command(&Command::Commit { key, name, parent, labels, usage })?;
+        self.command(&Command::Commit { key, name, parent, labels, usage: None })?;
         Ok(())
+    }
+
+    /// Measures what a committed snapshot takes on disk, and notes it: it does not change any more. Looks at every file.
+    ///
+    /// # Errors
+    /// See [`SnapshotsError`].
+    pub fn measure(&self, name: &str) -> Result<Usage, SnapshotsError> {
+        let usage = self.usage(name)?;
+        let snapshot = self.stat(name)?;
+        if snapshot.content == Content::Files && snapshot.usage.is_none() {
+            self.command(&Command::Measured { key: snapshot.key, usage })?;
+        }
+        Ok(usage)
     }
 
     /// Ends a snapshot on which nothing stands.

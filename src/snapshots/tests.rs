@@ -137,7 +137,13 @@ fn usage_counts_blocks_and_no_parents() {
     assert_eq!(full.inodes, 5, "root, dir, file, hole, link");
     assert!((100_000..1_000_000).contains(&(full.bytes - empty.bytes)), "{full:?}");
     snapshots.commit("c", "a", "", Labels::new()).unwrap();
+    assert_eq!(snapshots.stat("c").unwrap().usage, None);
+    assert_eq!(snapshots.measure("c").unwrap(), full);
+    assert_eq!(snapshots.stat("c").unwrap().usage, Some(full));
+    // It is not looked at again.
+    fs::write(upper.join("later"), vec![1; 100_000]).unwrap();
     assert_eq!(snapshots.usage("c").unwrap(), full);
+    assert!(snapshots.measure("nobody").unwrap_err().is_refusal());
     snapshots.prepare("b", "c", Labels::new()).unwrap();
     assert_eq!(snapshots.usage("b").unwrap().inodes, 1);
     assert!(snapshots.usage("nobody").unwrap_err().is_refusal());
@@ -279,5 +285,5 @@ fn committed_files_are_on_disk() {
     let upper = snapshots.prepare("a", "", Labels::new()).unwrap().own.unwrap().upper;
     fs::write(upper.join("file"), b"x").unwrap();
     snapshots.commit("c", "a", "", Labels::new()).unwrap();
-    assert_eq!(snapshots.stat("c").unwrap().usage.map(|usage| usage.inodes), Some(2));
+    assert_eq!(snapshots.measure("c").unwrap().inodes, 2);
 }

@@ -16,11 +16,13 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use crate::drivers::Wanted;
 use crate::store::CacheGoal;
 use said::{Said, nearest_key, unknown_key};
 use values::{Size, Span};
 
 pub use values::parse_size;
+use values::parse_version;
 
 /// Why there is no configuration.
 #[derive(Debug, thiserror::Error)]
@@ -235,6 +237,29 @@ pub struct DaemonSettings {
     pub stop_timeout: Duration,
 }
 
+/// How containerd is served.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ContainerdSettings {
+    /// Whether it is served at all.
+    pub enabled: bool,
+    /// Where the service for it is.
+    pub socket: PathBuf,
+    /// Where its own services are.
+    pub address: PathBuf,
+    /// Major and minor version; none is asked from containerd.
+    pub version: Option<(u32, u32)>,
+    /// Whether layers that can be read before they are here are answered without being downloaded.
+    pub lazy: bool,
+    /// How layers are shown.
+    pub driver: Wanted,
+    /// Whether layers that are served are completed in the background.
+    pub fill: bool,
+    /// How long the preparation of a layer may wait for a registry before containerd is left to download it.
+    pub prepare_timeout: Duration,
+    /// Whether the files of a snapshot are on disk before it counts as committed.
+    pub sync: bool,
+}
+
 /// What the configuration means.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
@@ -260,6 +285,8 @@ pub struct Config {
     pub reserve: u64,
     /// How the daemon behaves.
     pub daemon: DaemonSettings,
+    /// How containerd is served.
+    pub containerd: ContainerdSettings,
 }
 
 impl Config {
@@ -280,8 +307,20 @@ impl Config {
 
     /// The settings in which this differs from `other`, and which a daemon takes in only when it starts.
     pub fn differences(&self, other: &Self) -> Vec<&'static str> {
-        let Self { root, run, log_level: _, registry, credentials, fetch, fill, sync_interval, quota, reserve, daemon } =
-            self;
+        let Self {
+            root,
+            run,
+            log_level: _,
+            registry,
+            credentials,
+            fetch,
+            fill,
+            sync_interval,
+            quota,
+            reserve,
+            daemon,
+            containerd,
+        } = self;
         let differ = [
             ("root", *root != other.root),
             ("run", *run != other.run),
@@ -297,6 +336,7 @@ impl Config {
             ("store.quota", *quota != other.quota),
             ("store.reserve", *reserve != other.reserve),
             ("daemon", *daemon != other.daemon),
+            ("containerd", *containerd != other.containerd),
         ];
         differ.into_iter().filter_map(|(key, differs)| differs.then_some(key)).collect()
     }
@@ -318,7 +358,7 @@ impl Config {
     }
 
     fn mean(said: Said, path: &Path, surroundings: &Surroundings) -> Result<Self, ConfigError> {
-        let Said { root, run, log_level, registry, credentials, fetch, fill, store, daemon } = said;
+        let Said { root, run, log_level, registry, credentials, fetch, fill, store, daemon, containerd } = said;
         let span = |said: Option<Span>, default: Duration| said.map_or(default, |Span(span)| span);
         let wrong = |key, why| ConfigError::Value { path: path.to_owned(), key, why };
         let metrics_listen = match daemon.metrics_listen.as_deref() {
@@ -328,9 +368,30 @@ impl Config {
                 Some(parsed.map_err(|_| wrong("daemon.metrics_listen", "must be ADDRESS:PORT, or empty"))?)
             }
         };
+        let version = match containerd.version.as_deref() {
+            None | Some("auto") => None,
+            Some(version) => {
+                let parsed = parse_version(version);
+                Some(parsed.ok_or_else(|| wrong("containerd.version", "must be auto or as 1.7"))?)
+            }
+        };
+        let driver = containerd.driver.as_deref().map(str::parse).transpose();
+        let driver = driver.map_err(|_| wrong("containerd.driver", "must be auto, fuse, kernel or local"))?;
         let root = root.unwrap_or_else(|| surroundings.root());
+        let run = run.unwrap_or_else(|| surroundings.run(&root));
         let config = Self {
-            run: run.unwrap_or_else(|| surroundings.run(&root)),
+            containerd: ContainerdSettings {
+                enabled: containerd.enabled.unwrap_or(surroundings.is_root),
+                socket: containerd.socket.unwrap_or_else(|| run.join("headstart.sock")),
+                address: containerd.address.unwrap_or_else(|| "/run/containerd/containerd.sock".into()),
+                version,
+                lazy: containerd.lazy.unwrap_or(true),
+                driver: driver.unwrap_or_default(),
+                fill: containerd.fill.unwrap_or(true),
+                prepare_timeout: span(containerd.prepare_timeout, Duration::from_secs(10)),
+                sync: containerd.sync.unwrap_or(false),
+            },
+            run,
             root,
             log_level: log_level.unwrap_or(LogLevel::Warn),
             registry: RegistryConfig {
@@ -383,6 +444,15 @@ impl Config {
         if !config.credentials.namespaces.iter().all(is_label) {
             return wrong("credentials.namespaces", "must be names of namespaces: small letters, digits and dashes");
         }
+        if !config.containerd.socket.is_absolute() {
+            return wrong("containerd.socket", "must be an absolute path");
+        }
+        if !config.containerd.address.is_absolute() {
+            return wrong("containerd.address", "must be an absolute path");
+        }
+        if config.containerd.enabled && !surroundings.is_root {
+            return wrong("containerd.enabled", "must be false: only root can serve containerd");
+        }
         if config.fetch.memory < 1 << 20 {
             return wrong("fetch.memory", "must be at least 1MiB");
         }
@@ -434,7 +504,9 @@ mod tests {
              connections = 8\ndeadline = '9ms'\nread_ahead = '10kB'\n[fill]\n\
              enabled = false\nstart_delay = '13s'\nbandwidth = '14MB'\nconnections = 15\n[store]\nsync_interval = '11h'\nquota = '16GiB'\n\
              reserve = '17kB'\n[daemon]\n\
-             metrics_listen = '127.0.0.1:9'\nstop_timeout = '12s'\n",
+             metrics_listen = '127.0.0.1:9'\nstop_timeout = '12s'\n[containerd]\nenabled = false\nsocket = '/s'\n\
+             address = '/a'\nversion = '2.4.0-beta.0'\nlazy = false\ndriver = 'fuse'\nfill = false\nprepare_timeout = '18s'\n\
+             sync = true\n",
         )
         .unwrap();
         let expected = Config {
@@ -475,6 +547,17 @@ mod tests {
                 metrics_listen: Some("127.0.0.1:9".parse().unwrap()),
                 stop_timeout: Duration::from_secs(12),
             },
+            containerd: ContainerdSettings {
+                enabled: false,
+                socket: "/s".into(),
+                address: "/a".into(),
+                version: Some((2, 4)),
+                lazy: false,
+                driver: Wanted::Driver(crate::drivers::Driver::Fuse),
+                fill: false,
+                prepare_timeout: Duration::from_secs(18),
+                sync: true,
+            },
         };
         assert_eq!(config, expected);
     }
@@ -510,6 +593,11 @@ mod tests {
             "[registry]\nrounds = 0",
             "[credentials]\nnamespaces = ['../x']",
             "[credentials]\nnamespaces = ['']",
+            "[containerd]\nsocket = 'relative'",
+            "[containerd]\naddress = 'relative'",
+            "[containerd]\nversion = 'new'",
+            "[containerd]\nversion = '2'",
+            "[containerd]\ndriver = 'fast'",
             "fetch = 3",
             "[fetch",
         ] {
@@ -524,6 +612,8 @@ mod tests {
         assert_eq!(config.root, Path::new("/home/u/.local/share/headstart"));
         assert_eq!(config.registry.docker_config, Path::new("/home/u/.docker/config.json"));
         assert_eq!(config.run, Path::new("/home/u/.local/share/headstart/run"));
+        assert!(!config.containerd.enabled);
+        assert!(Config::parse("[containerd]\nenabled = true", Path::new("c"), &user).is_err());
         assert_eq!(user.config_file(), Path::new("/home/u/.config/headstart/config.toml"));
         let user = Surroundings {
             data_home: Some("/data".into()),

@@ -19,6 +19,7 @@ pub(super) const KEYS: &[(&str, &[&str])] = &[
     ("fill", &["enabled", "start_delay", "bandwidth", "connections"]),
     ("store", &["sync_interval", "quota", "reserve"]),
     ("daemon", &["metrics_listen", "stop_timeout"]),
+    ("containerd", &["enabled", "socket", "address", "version", "lazy", "driver", "fill", "prepare_timeout", "sync"]),
 ];
 
 /// The file as it was written.
@@ -39,6 +40,21 @@ pub(super) struct Said {
     pub(super) store: SaidStore,
     #[serde(default)]
     pub(super) daemon: SaidDaemon,
+    #[serde(default)]
+    pub(super) containerd: SaidContainerd,
+}
+
+#[derive(Debug, Default, Deserialize)]
+pub(super) struct SaidContainerd {
+    pub(super) enabled: Option<bool>,
+    pub(super) socket: Option<PathBuf>,
+    pub(super) address: Option<PathBuf>,
+    pub(super) version: Option<String>,
+    pub(super) lazy: Option<bool>,
+    pub(super) driver: Option<String>,
+    pub(super) fill: Option<bool>,
+    pub(super) prepare_timeout: Option<Span>,
+    pub(super) sync: Option<bool>,
 }
 
 #[derive(Debug, Default, Deserialize)]

@@ -30,6 +30,7 @@ use crate::control::MountRecord;
 use crate::drivers::Wanted;
 use crate::fetch::{Counters, LayerImage};
 use crate::oci::{Platform, Reference};
+use crate::snapshots::SnapshotsConfig;
 use crate::sys::mount::{self, MountError};
 use crate::unpack::{Fill, FillOptions, Persistence};
 use crate::vfs::{Layer, Vfs};
@@ -114,7 +115,10 @@ impl Host {
     /// # Errors
     /// A root that cannot be used, or a connection that cannot be mounted.
     pub fn open(settings: &Settings, runtime: Handle, daemon: Option<Place>) -> anyhow::Result<Arc<Self>> {
-        let house = House::open(settings, runtime.clone())?;
+        let mut house = House::open(settings, runtime.clone())?;
+        if daemon.is_some() {
+            house.open_snapshots(SnapshotsConfig { sync: settings.containerd.sync })?;
+        }
         sweep(&settings.root);
         let grove = match &daemon {
             None => Err(None),
@@ -268,7 +272,8 @@ impl Host {
         own + u64::from(self.grove.is_ok()) + self.kernel.connections()
     }
 
-    fn fill_options(&self) -> FillOptions {
+    /// How images and layers are completed in the background.
+    pub(super) fn fill_options(&self) -> FillOptions {
         FillOptions { start_delay: self.settings.fill.start_delay, persistence: Persistence::Forever }
     }
 

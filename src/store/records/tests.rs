@@ -29,7 +29,7 @@ fn prepare(name: &str, parent: &str) -> Command {
 }
 
 fn commit(from: &str, name: &str, parent: &str) -> Command {
-    let usage = Usage { bytes: 4096, inodes: 2 };
+    let usage = Some(Usage { bytes: 4096, inodes: 2 });
     let parent = Key::optional(parent).unwrap();
     Command::Commit { key: key(from), name: key(name), parent, labels: Labels::new(), usage }
 }

@@ -10,16 +10,17 @@ use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
 use anyhow::Context as _;
-use futures::future::try_join_all;
+use futures::future::{join_all, try_join_all};
 use tokio::runtime::Handle;
 
 use super::config::Config as Settings;
 use super::logins::Sources;
 use super::recorder::PATIENCE;
-use crate::fetch::{FetchConfig, Fetcher, LayerImage, Room};
+use crate::fetch::{FetchConfig, FetchError, Fetcher, LayerImage, Room};
 use crate::model::{BlobDigest, ByteRange, ChainId, DiffId, ReadAt, ReadAtError};
 use crate::oci::{
-    self, Descriptor, Document, ImagePlan, LayoutImage, Manifest, PlanError, Platform, Prefer, Reference, StackedLayer,
+    self, Descriptor, Document, ImagePlan, LayerPlan, LayoutImage, Manifest, PlanError, Platform, Prefer, Reference,
+    StackedLayer,
 };
 use crate::registry::{Client, ClientConfig, CredentialConfig, Patience};
 use crate::snapshots::{Snapshots, SnapshotsConfig};
@@ -187,7 +188,7 @@ impl House {
     /// It is nowhere to be had, or its documents are unusable.
     pub async fn documents(&self, reference: &Reference, platform: Option<&Platform>) -> anyhow::Result<Documents> {
         let source = self.transports.open(reference).await?;
-        let key = |name: &str| format!("{name} {}", platform.map_or_else(|| "here".to_owned(), Platform::to_string));
+        let key = |name: &str| key(name, platform);
         if let Some(digest) = named_digest(reference)
             && let Some(kept) = self.kept(reference, &source, &key(&digest.to_string()))?
         {
@@ -288,6 +289,31 @@ impl House {
         Ok(OpenImage { documents, plan, layers })
     }
 
+    /// Opens some layers of an image, each for itself: one that does not open leaves the others open.
+    ///
+    /// # Errors
+    /// Threads that cannot be started.
+    pub async fn open_each(
+        &self,
+        documents: &Documents,
+        layers: &[&LayerPlan],
+    ) -> anyhow::Result<Vec<Result<Arc<LayerImage>, Arc<FetchError>>>> {
+        let (fetcher, blobs) = (self.fetcher()?, documents.source.blobs());
+        Ok(join_all(layers.iter().map(|layer| fetcher.open_layer((*layer).into(), Arc::clone(&blobs)))).await)
+    }
+
+    /// Keeps a manifest and the config that it names, which somebody else has fetched. What has not its digest is not
+    /// kept.
+    ///
+    /// # Errors
+    /// A store that fails.
+    pub fn adopt(&self, manifest: BlobDigest, bytes: &[u8], config: (BlobDigest, &[u8])) -> anyhow::Result<()> {
+        if self.store.keep_document(&manifest, bytes)? && self.store.keep_document(&config.0, config.1)? {
+            self.store.keep_reference(&key(&manifest.to_string(), None), &manifest)?;
+        }
+        Ok(())
+    }
+
     /// Where asynchronous work runs.
     pub const fn runtime(&self) -> &Handle {
         &self.runtime
@@ -347,6 +373,11 @@ impl House {
         }
         Ok(())
     }
+}
+
+/// Under which it is kept what a name stands for.
+fn key(name: &str, platform: Option<&Platform>) -> String {
+    format!("{name} {}", platform.map_or_else(|| "here".to_owned(), Platform::to_string))
 }
 
 /// The digest that a reference names, which can never stand for anything else.

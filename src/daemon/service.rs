@@ -22,6 +22,7 @@ use super::host::Host;
 use super::metrics;
 use super::mounts::{Entry, Mounts};
 use super::node::layers::Nothing;
+use super::node::lazy::Lazy;
 use super::node::{Node, NodeOptions};
 use super::notify::Notify;
 use super::place::Place;
@@ -135,7 +136,8 @@ fn containerd_node(host: &Arc<Host>) -> anyhow::Result<Option<Node>> {
         links: settings.run.join("f"),
     };
     let runtime = host.house().runtime().clone();
-    Node::new(Arc::clone(snapshots), Arc::new(Nothing), Arc::new(Nothing), options, runtime).map(Some)
+    let lazy = Lazy::new(host.house(), (&settings.containerd).into(), &settings.containerd.address);
+    Node::new(Arc::clone(snapshots), lazy, Arc::new(Nothing), options, runtime).map(Some)
 }
 
 async fn serve_containerd(

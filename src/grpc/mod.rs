@@ -15,6 +15,7 @@
 mod ask;
 mod calls;
 mod client;
+mod containerd;
 mod cri;
 pub mod proto;
 mod server;
@@ -26,6 +27,7 @@ mod translate;
 pub use ask::{containerd_version, snapshotter_answers};
 pub use calls::{Calls, Tally};
 pub use client::connect;
+pub use containerd::{Containerd, ContainerdError, Content, Version, VersionError};
 pub use cri::CriProxy;
 pub use server::{ServeError, Services, bind, serve};
 pub use snapshotter::{Mount, Prepared, Snapshotter, SnapshotterError};

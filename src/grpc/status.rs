@@ -32,6 +32,11 @@ pub(super) fn cut(error: &(dyn std::error::Error + 'static)) -> Status {
     Status::aborted(format!("the message did not come whole: {}", words(error)))
 }
 
+/// True if somebody who was asked does not have it.
+pub(super) fn is_not_found(status: &Status) -> bool {
+    status.code() == Code::NotFound
+}
+
 pub(super) fn code(error: &SnapshotterError) -> Code {
     match error {
         SnapshotterError::Snapshots(error) => of_snapshots(error),

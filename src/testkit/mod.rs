@@ -1,6 +1,7 @@
 //! What the tests of several rooms share: generators, faulty peers, judges.
 
 pub mod abuse;
+pub mod containerd;
 pub mod images;
 pub mod layers;
 pub mod layouts;

@@ -58,6 +58,17 @@ impl ImageSource {
         }
     }
 
+    /// What the reference stands for at this moment, read: a manifest or an index.
+    ///
+    /// # Errors
+    /// It cannot be had, or is unusable.
+    pub async fn named(&self) -> Result<Document, TransportError> {
+        match self.fetch_top().await? {
+            (top, Some(bytes)) => self.parse(&bytes, &top),
+            (top, None) => Ok(self.parsed(&top).await?.0),
+        }
+    }
+
     /// As [`top`](Self::top), with the bytes: one question to a registry instead of two.
     pub(super) async fn fetch_top(&self) -> Result<(Descriptor, Option<Bytes>), TransportError> {
         match &self.kind {

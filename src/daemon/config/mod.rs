@@ -250,6 +250,8 @@ pub struct ContainerdSettings {
     pub version: Option<(u32, u32)>,
     /// Whether layers that can be read before they are here are answered without being downloaded.
     pub lazy: bool,
+    /// Whether labels that name an image are believed although containerd does not vouch for them.
+    pub trust_labels: bool,
     /// How layers are shown.
     pub driver: Wanted,
     /// Whether layers that are served are completed in the background.
@@ -386,6 +388,7 @@ impl Config {
                 address: containerd.address.unwrap_or_else(|| "/run/containerd/containerd.sock".into()),
                 version,
                 lazy: containerd.lazy.unwrap_or(true),
+                trust_labels: containerd.trust_labels.unwrap_or(false),
                 driver: driver.unwrap_or_default(),
                 fill: containerd.fill.unwrap_or(true),
                 prepare_timeout: span(containerd.prepare_timeout, Duration::from_secs(10)),
@@ -505,7 +508,7 @@ mod tests {
              enabled = false\nstart_delay = '13s'\nbandwidth = '14MB'\nconnections = 15\n[store]\nsync_interval = '11h'\nquota = '16GiB'\n\
              reserve = '17kB'\n[daemon]\n\
              metrics_listen = '127.0.0.1:9'\nstop_timeout = '12s'\n[containerd]\nenabled = false\nsocket = '/s'\n\
-             address = '/a'\nversion = '2.4.0-beta.0'\nlazy = false\ndriver = 'fuse'\nfill = false\nprepare_timeout = '18s'\n\
+             address = '/a'\nversion = '2.4.0-beta.0'\nlazy = false\ntrust_labels = true\ndriver = 'fuse'\nfill = false\nprepare_timeout = '18s'\n\
              sync = true\n",
         )
         .unwrap();
@@ -553,6 +556,7 @@ mod tests {
                 address: "/a".into(),
                 version: Some((2, 4)),
                 lazy: false,
+                trust_labels: true,
                 driver: Wanted::Driver(crate::drivers::Driver::Fuse),
                 fill: false,
                 prepare_timeout: Duration::from_secs(18),

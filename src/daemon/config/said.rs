@@ -19,7 +19,21 @@ pub(super) const KEYS: &[(&str, &[&str])] = &[
     ("fill", &["enabled", "start_delay", "bandwidth", "connections"]),
     ("store", &["sync_interval", "quota", "reserve"]),
     ("daemon", &["metrics_listen", "stop_timeout"]),
-    ("containerd", &["enabled", "socket", "address", "version", "lazy", "driver", "fill", "prepare_timeout", "sync"]),
+    (
+        "containerd",
+        &[
+            "enabled",
+            "socket",
+            "address",
+            "version",
+            "lazy",
+            "trust_labels",
+            "driver",
+            "fill",
+            "prepare_timeout",
+            "sync",
+        ],
+    ),
 ];
 
 /// The file as it was written.
@@ -51,6 +65,7 @@ pub(super) struct SaidContainerd {
     pub(super) address: Option<PathBuf>,
     pub(super) version: Option<String>,
     pub(super) lazy: Option<bool>,
+    pub(super) trust_labels: Option<bool>,
     pub(super) driver: Option<String>,
     pub(super) fill: Option<bool>,
     pub(super) prepare_timeout: Option<Span>,

@@ -15,6 +15,7 @@
 //! Refuses to know which layers can be served and how they are shown: see [`layers`].
 
 pub mod layers;
+pub(crate) mod lazy;
 mod links;
 mod mounts;
 
@@ -302,7 +303,7 @@ impl Inner {
         if how == How::Commit
             && let Ok(there) = self.snapshots.stat(name.as_str())
         {
-            return self.serve_known(&there, parent, &labels);
+            return self.serve_known(&there, parent, &labels, &image);
         }
         let parent = parent.map_or("", Key::as_str);
         let stack = self.snapshots.prepare_layer(key, parent, labels.clone(), &spec(&image))?;
@@ -323,7 +324,8 @@ impl Inner {
                 if matches!(error.refusal(), Some(ChainError::AlreadyExists { .. })) =>
             {
                 let there = self.snapshots.stat(name.as_str())?;
-                self.serve_known(&there, Key::optional(parent).map_err(SnapshotsError::from)?.as_ref(), &labels)
+                let parent = Key::optional(parent).map_err(SnapshotsError::from)?;
+                self.serve_known(&there, parent.as_ref(), &labels, &image)
             }
             other => other,
         }
@@ -335,7 +337,12 @@ impl Inner {
         there: &Snapshot,
         parent: Option<&Key>,
         labels: &Labels,
+        image: &LayerImage,
     ) -> Result<Option<Prepared>, SnapshotterError> {
+        if !self.is_as_good(there, image) {
+            tracing::warn!(name = %there.key, "a layer is known from another blob and was not verified: containerd brings it");
+            return Ok(None);
+        }
         if there.kind != Kind::Committed || there.parent.as_ref() != parent {
             let found = there.parent.as_ref().map(Key::as_str);
             tracing::warn!(name = %there.key, found, "a layer is known with another parent: containerd brings it again");
@@ -351,6 +358,15 @@ impl Inner {
             self.snapshots.update(there.key.as_str(), labels.clone(), new)?;
         }
         Ok(Some(Prepared::There(there.key.to_string())))
+    }
+
+    /// True if the files of `there` are those of `image`. What a ChainID stands for is the word of whoever published an
+    /// image until its layers were hashed as a whole; one publisher's does not hold for another's image.
+    fn is_as_good(&self, there: &Snapshot, image: &LayerImage) -> bool {
+        let Content::Layer(slot) = there.content else { return true };
+        let (wanted, all) = (spec(image).id(), self.snapshots.all());
+        all.layer(slot)
+            .is_some_and(|layer| layer.id == wanted || (layer.local.is_some() && layer.id.diff_id == wanted.diff_id))
     }
 
     /// Where what is below `stack` is shown, the nearest first.

@@ -50,19 +50,19 @@ fn through_the_runtime_interface(version: Version) {
 }
 
 #[test]
-#[ignore = "until the daemon serves containerd"]
+#[ignore = "until layers are served lazily"]
 fn twins_are_lazy_on_containerd_1_6() {
     through_the_runtime_interface(Version::V1_6);
 }
 
 #[test]
-#[ignore = "until the daemon serves containerd"]
+#[ignore = "until layers are served lazily"]
 fn twins_are_lazy_on_containerd_1_7() {
     through_the_runtime_interface(Version::V1_7);
 }
 
 #[test]
-#[ignore = "until the daemon serves containerd"]
+#[ignore = "until layers are served lazily"]
 fn twins_are_lazy_on_containerd_2_1() {
     let stage = Stage::new(Version::V2_1);
     is_lazy_and_right(&stage, K8S, "lazy", |image| stage.cri_pull(image));
@@ -73,7 +73,7 @@ fn twins_are_lazy_on_containerd_2_1() {
 
 /// As kubelet does it: a pod, a container in it, a command in that.
 #[test]
-#[ignore = "until the daemon serves containerd"]
+#[ignore = "until layers are served lazily"]
 fn pods_run_from_twins() {
     let stage = Stage::new(Version::V1_7);
     stage.publish("pause", &[image::pause()]);

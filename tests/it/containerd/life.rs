@@ -24,14 +24,12 @@ fn namespaces_are_independent(stage: &Stage, image: &str) {
 }
 
 #[test]
-#[ignore = "until the daemon serves containerd"]
 fn two_namespaces_on_1_6() {
     let stage = Stage::new(Version::V1_6);
     namespaces_are_independent(&stage, &stage.publish("app", &image::every_kind()));
 }
 
 #[test]
-#[ignore = "until the daemon serves containerd"]
 fn two_namespaces_on_2_1_with_an_image_of_each_kind() {
     let stage = Stage::new(Version::V2_1);
     let twin = stage.publish_twin("app", &image::every_kind());
@@ -63,7 +61,6 @@ fn removals_leave_the_running_alone(stage: &Stage, first: &str, second: &str) {
 }
 
 #[test]
-#[ignore = "until the daemon serves containerd"]
 fn removals_leave_running_containers_alone() {
     let stage = Stage::new(Version::V1_7);
     let layers = image::every_kind();
@@ -95,7 +92,6 @@ fn outlives_our_daemon(stage: &Stage, image: &str, away: impl Fn()) {
 }
 
 #[test]
-#[ignore = "until the daemon serves containerd"]
 fn containers_outlive_our_daemon() {
     let stage = Stage::new(Version::V1_7);
     let image = stage.publish("app", &image::every_kind());
@@ -104,7 +100,6 @@ fn containers_outlive_our_daemon() {
 }
 
 #[test]
-#[ignore = "until the daemon serves containerd"]
 fn lazy_containers_outlive_our_daemon() {
     let stage = Stage::new(Version::V1_6);
     let twin = stage.publish_twin("app", &image::every_kind());
@@ -114,7 +109,6 @@ fn lazy_containers_outlive_our_daemon() {
 
 /// containerd goes and comes back.
 #[test]
-#[ignore = "until the daemon serves containerd"]
 fn containers_outlive_containerd() {
     let stage = Stage::new(Version::V2_1);
     let twin = stage.publish_twin("app", &image::every_kind());

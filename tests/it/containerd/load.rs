@@ -6,7 +6,6 @@ use super::image;
 use super::stage::{K8S, OURS, Stage, Version};
 
 #[test]
-#[ignore = "until the daemon serves containerd"]
 fn twenty_containers_at_once() {
     let stage = Stage::new(Version::V1_7);
     let twin = stage.publish_twin("app", &image::every_kind());
@@ -37,7 +36,6 @@ fn twenty_containers_at_once() {
 }
 
 #[test]
-#[ignore = "until the daemon serves containerd"]
 fn ten_images_at_once() {
     let stage = Stage::new(Version::V2_1);
     // All have their lowest layer in common; half of them are converted.

@@ -25,19 +25,16 @@ fn is_seen_as_under_overlayfs(version: Version) {
 }
 
 #[test]
-#[ignore = "until the daemon serves containerd"]
 fn containerd_1_6_applies_layers_into_our_mounts() {
     is_seen_as_under_overlayfs(Version::V1_6);
 }
 
 #[test]
-#[ignore = "until the daemon serves containerd"]
 fn containerd_1_7_applies_layers_into_our_mounts() {
     is_seen_as_under_overlayfs(Version::V1_7);
 }
 
 #[test]
-#[ignore = "until the daemon serves containerd"]
 fn containerd_2_1_applies_layers_into_our_mounts() {
     is_seen_as_under_overlayfs(Version::V2_1);
 }

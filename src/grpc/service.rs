@@ -52,10 +52,10 @@ impl Service {
         let working = tokio::spawn(async move {
             // A call that breaks down is caught here, so that it is counted.
             let done = tokio::spawn(work).await.unwrap_or(Err(SnapshotterError::Broken));
-            calls.count(name, began.elapsed(), done.is_err());
-            let milliseconds = began.elapsed().as_millis();
+            let took = began.elapsed();
+            calls.count(name, took, done.is_err());
             match &done {
-                Ok(_) => tracing::debug!(call = name, key, milliseconds, "answered"),
+                Ok(_) => tracing::debug!(call = name, microseconds = took.as_micros(), key, "answered"),
                 Err(error) => log_failure(name, &key, error),
             }
             done

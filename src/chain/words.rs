@@ -220,7 +220,7 @@ pub struct Snapshot {
 }
 
 /// What is to be known of a snapshot besides its kind.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
     /// It has a directory of its own.

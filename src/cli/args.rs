@@ -78,6 +78,7 @@ pub(crate) enum Command {
     Pull(Pull),
     Wait(Wait),
     Prune(Prune),
+    Forget(Forget),
     Inspect(Inspect),
     Check(Check),
     Ls(Ls),
@@ -286,6 +287,18 @@ pub(crate) struct Prune {
     pub(crate) dry_run: bool,
 }
 
+/// Forget a pulled image: its record, and the snapshots that nothing else needs.
+///
+/// Its layers stay in the cache until room is needed, unless --prune is given.
+#[derive(Debug, Args)]
+pub(crate) struct Forget {
+    /// The image, as it was pulled
+    pub(crate) image: Reference,
+    /// Remove its layers as well, as far as nobody uses them
+    #[arg(long)]
+    pub(crate) prune: bool,
+}
+
 /// Show an image's layers: kind, chunks, sizes, ratio, and how much of each is here and verified.
 #[derive(Debug, Args)]
 pub(crate) struct Inspect {
@@ -415,6 +428,7 @@ mod tests {
             "pull oci:a --platform linux/arm64",
             "wait /mnt --timeout 5",
             "prune --all --dry-run --json",
+            "forget oci:a --prune",
             "inspect oci-archive:a.tar",
             "--json check docker-archive:a.tar",
             "ls oci:a",

@@ -54,6 +54,7 @@ fn run(context: &Context, command: Command) -> anyhow::Result<ExitCode> {
         Command::Pull(arguments) => commands::pull::pull(context, &arguments),
         Command::Wait(arguments) => commands::pull::wait(context, &arguments),
         Command::Prune(arguments) => commands::prune::run(context, &arguments),
+        Command::Forget(arguments) => commands::snapshots::forget(context, &arguments),
         Command::Inspect(arguments) => commands::look::inspect(context, &arguments),
         Command::Check(arguments) => commands::look::check(context, &arguments),
         Command::Ls(arguments) => commands::files::ls(context, &arguments),

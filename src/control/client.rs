@@ -11,6 +11,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::VERSION;
+use super::cache::{ForgetAsked, Forgotten, PruneAsked, Pruned, SnapshotsSeen};
 use super::fault::Fault;
 use super::message::{Done, MountAsked, PullAsked, PullLine, Pulled, UmountAsked, WaitAsked};
 use super::status::{Health, HostStatus, MountStatus};
@@ -145,6 +146,30 @@ impl Client {
         self.post("wait", asked).await
     }
 
+    /// Has room made in the cache; as long as it takes.
+    ///
+    /// # Errors
+    /// See [`ControlError`].
+    pub async fn prune(&self, asked: &PruneAsked) -> Result<Pruned, ControlError> {
+        self.post("prune", asked).await
+    }
+
+    /// Has a pulled image forgotten.
+    ///
+    /// # Errors
+    /// See [`ControlError`].
+    pub async fn forget(&self, asked: &ForgetAsked) -> Result<Forgotten, ControlError> {
+        self.post("forget", asked).await
+    }
+
+    /// Everything that is recorded; as long as it takes to look at the files of each.
+    ///
+    /// # Errors
+    /// See [`ControlError`].
+    pub async fn snapshots(&self) -> Result<SnapshotsSeen, ControlError> {
+        self.ask(|client| client.get(address("snapshots"))).await
+    }
+
     async fn get<A: DeserializeOwned>(&self, question: &str) -> Result<A, ControlError> {
         // Answered from memory.
         self.ask(|client| client.get(address(question)).timeout(ANSWER_LIMIT)).await
@@ -233,6 +258,7 @@ mod tests {
     use futures::future::BoxFuture;
     use futures::stream::BoxStream;
 
+    use super::super::cache::{SeenImage, SeenLayer, SeenSnapshot};
     use super::super::server::{ControlServer, Served};
     use super::super::status::{DaemonStatus, LayerState, LayerStatus, MountRecord, SlowRead};
     use super::*;
@@ -285,6 +311,47 @@ mod tests {
         Pulled { image: "good".to_owned(), manifest, bytes_fetched: 1, bytes: 2, layers: vec![] }
     }
 
+    fn pruned(dry_run: bool) -> Pruned {
+        let image = crate::store::CacheEntry::example();
+        let evicted = crate::store::Evicted { images: vec![image], bytes: 5, left: 6 };
+        Pruned { dry_run, evicted, chunks: crate::fetch::Room { chunks: 7, bytes: 8 } }
+    }
+
+    fn seen() -> SnapshotsSeen {
+        let digest = Digest::of(Algorithm::Sha256, b"layer");
+        let key = crate::chain::Key::new("sha256:1").unwrap();
+        let layer = SeenLayer {
+            slot: 1,
+            diff_id: DiffId(digest),
+            blob: BlobDigest(digest),
+            anchor: "whole".to_owned(),
+            bytes: Some(2),
+            local: None,
+        };
+        let snapshot = SeenSnapshot {
+            key: key.clone(),
+            kind: crate::chain::Kind::Active,
+            parent: None,
+            state: crate::chain::State::Filling,
+            bytes: 3,
+            inodes: 4,
+            created: "then".to_owned(),
+            updated: "now".to_owned(),
+            labels: [("a".to_owned(), "b".to_owned())].into(),
+            slot: 5,
+            becomes: Some(key),
+            layer: Some(layer),
+        };
+        let image = SeenImage {
+            image: "i".to_owned(),
+            manifest: BlobDigest(digest),
+            pulled: "then".to_owned(),
+            layers: 1,
+            committed: 0,
+        };
+        SnapshotsSeen { snapshots: vec![snapshot], images: vec![image] }
+    }
+
     fn busy() -> Fault {
         Fault { kind: "mount-point".to_owned(), message: "cannot".to_owned(), causes: vec!["busy".to_owned()] }
     }
@@ -320,6 +387,20 @@ mod tests {
 
         fn wait(&self, _: WaitAsked) -> BoxFuture<'static, Result<MountStatus, Fault>> {
             Box::pin(async { Ok(example()) })
+        }
+
+        fn prune(&self, asked: PruneAsked) -> BoxFuture<'static, Result<Pruned, Fault>> {
+            Box::pin(async move { if asked.all { Err(busy()) } else { Ok(pruned(asked.dry_run)) } })
+        }
+
+        fn forget(&self, asked: ForgetAsked) -> BoxFuture<'static, Result<Forgotten, Fault>> {
+            let snapshots = vec![crate::chain::Key::new("sha256:1").unwrap()];
+            let forgotten = Forgotten { image: asked.image, snapshots, evicted: pruned(false).evicted };
+            Box::pin(async move { if asked.prune { Ok(forgotten) } else { Err(busy()) } })
+        }
+
+        fn snapshots(&self) -> BoxFuture<'static, Result<SnapshotsSeen, Fault>> {
+            Box::pin(async { Ok(seen()) })
         }
     }
 
@@ -372,6 +453,14 @@ mod tests {
                     other => panic!("{other:?}"),
                 }
                 assert_eq!(client.wait(&WaitAsked { mount_point: "/m".into() }).await.unwrap(), example());
+                let asked = |all| PruneAsked { all, dry_run: true };
+                assert_eq!(client.prune(&asked(false)).await.unwrap(), pruned(true));
+                assert!(matches!(client.prune(&asked(true)).await, Err(ControlError::Refused(_))));
+                let asked = ForgetAsked { image: "i".to_owned(), prune: true };
+                let forgotten = client.forget(&asked).await.unwrap();
+                assert_eq!((forgotten.image.as_str(), forgotten.snapshots.len()), ("i", 1));
+                assert_eq!(forgotten.evicted, pruned(true).evicted);
+                assert_eq!(client.snapshots().await.unwrap(), seen());
             })
             .await;
         }

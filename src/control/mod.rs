@@ -8,6 +8,9 @@
 //! POST /v1/umount     UmountAsked    -> {}
 //! POST /v1/wait       WaitAsked      -> MountStatus, when all of the mount is local
 //! POST /v1/pull       PullAsked      -> PullLine, one a line, the last one tells the end
+//! POST /v1/prune      PruneAsked     -> Pruned
+//! POST /v1/forget     ForgetAsked    -> Forgotten
+//! GET  /v1/snapshots                 -> SnapshotsSeen
 //! ```
 //!
 //! A refusal is an HTTP status of 400 or more and a [`Fault`], which has what the command line needs to end as if the
@@ -16,12 +19,14 @@
 //! Guarantees: what is answered was true at that moment; whoever is not the socket's owner or root is not listened to.
 //! Refuses to know what is mounted and how: that is behind [`Served`].
 
+mod cache;
 mod client;
 mod fault;
 mod message;
 mod server;
 mod status;
 
+pub use cache::{ForgetAsked, Forgotten, PruneAsked, Pruned, SeenImage, SeenLayer, SeenSnapshot, SnapshotsSeen};
 pub use client::{Client, ControlError};
 pub use fault::Fault;
 pub use message::{Done, MountAsked, PullAsked, PullLine, Pulled, PulledLayer, UmountAsked, WaitAsked};

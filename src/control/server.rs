@@ -19,6 +19,7 @@ use futures::stream::BoxStream;
 use tokio::net::unix::SocketAddr;
 use tokio::net::{UnixListener, UnixStream};
 
+use super::cache::{ForgetAsked, Forgotten, PruneAsked, Pruned, SnapshotsSeen};
 use super::fault::Fault;
 use super::message::{MountAsked, PullAsked, PullLine, UmountAsked, WaitAsked};
 use super::status::{Health, HostStatus, MountStatus};
@@ -49,6 +50,15 @@ pub trait Served: Send + Sync + 'static {
 
     /// Waits until all of a mount is here.
     fn wait(&self, asked: WaitAsked) -> BoxFuture<'static, Result<MountStatus, Fault>>;
+
+    /// Makes room in the cache.
+    fn prune(&self, asked: PruneAsked) -> BoxFuture<'static, Result<Pruned, Fault>>;
+
+    /// Forgets a pulled image.
+    fn forget(&self, asked: ForgetAsked) -> BoxFuture<'static, Result<Forgotten, Fault>>;
+
+    /// Everything that is recorded.
+    fn snapshots(&self) -> BoxFuture<'static, Result<SnapshotsSeen, Fault>>;
 }
 
 /// A bound socket. Its file goes when this is dropped.
@@ -143,6 +153,9 @@ fn router(served: Arc<dyn Served>) -> Router {
         .route("/v1/umount", post(umount))
         .route("/v1/wait", post(wait))
         .route("/v1/pull", post(pull))
+        .route("/v1/prune", post(prune))
+        .route("/v1/forget", post(forget))
+        .route("/v1/snapshots", get(snapshots))
         .method_not_allowed_fallback(unknown)
         .fallback(unknown)
         .with_state(served)
@@ -171,6 +184,18 @@ async fn wait(State(served): Host, body: Body) -> Response {
     answer(body, |asked| served.wait(asked)).await
 }
 
+async fn prune(State(served): Host, body: Body) -> Response {
+    answer(body, |asked| served.prune(asked)).await
+}
+
+async fn forget(State(served): Host, body: Body) -> Response {
+    answer(body, |asked| served.forget(asked)).await
+}
+
+async fn snapshots(State(served): Host) -> Response {
+    tell(served.snapshots().await)
+}
+
 async fn pull(State(served): Host, body: Body) -> Response {
     let asked = match read(body).await {
         Ok(asked) => asked,
@@ -193,7 +218,11 @@ where
         Ok(asked) => asked,
         Err((status, fault)) => return refuse(status, fault),
     };
-    match ask(asked).await {
+    tell(ask(asked).await)
+}
+
+fn tell(answer: Result<impl serde::Serialize, Fault>) -> Response {
+    match answer {
         Ok(answer) => Json(answer).into_response(),
         Err(fault) => refuse(StatusCode::UNPROCESSABLE_ENTITY, fault),
     }

@@ -11,10 +11,11 @@ use futures::stream::BoxStream;
 use tokio::sync::mpsc;
 
 use super::host::{Host, MountRequest, Mounted};
+use super::ledger::{self, prune_goal};
 use super::pull;
 use crate::control::{
-    DaemonStatus, Fault, Health, HostStatus, MountAsked, MountStatus, PullAsked, PullLine, Served, UmountAsked,
-    WaitAsked,
+    DaemonStatus, Fault, ForgetAsked, Forgotten, Health, HostStatus, MountAsked, MountStatus, PruneAsked, Pruned,
+    PullAsked, PullLine, Served, SnapshotsSeen, UmountAsked, WaitAsked,
 };
 use crate::fetch::Counters;
 use crate::observe::HOST_METRICS_LEN;
@@ -158,6 +159,21 @@ impl Served for Api {
                 tokio::time::sleep(GLANCE).await;
             }
         })
+    }
+
+    fn prune(&self, asked: PruneAsked) -> BoxFuture<'static, Result<Pruned, Fault>> {
+        let host = Arc::clone(&self.host);
+        self.answer(blocking(move || Ok(host.house().prune(&prune_goal(host.settings(), asked.all), asked.dry_run)?)))
+    }
+
+    fn forget(&self, asked: ForgetAsked) -> BoxFuture<'static, Result<Forgotten, Fault>> {
+        let host = Arc::clone(&self.host);
+        self.answer(blocking(move || Ok(host.house().forget(&asked.image, asked.prune)?)))
+    }
+
+    fn snapshots(&self) -> BoxFuture<'static, Result<SnapshotsSeen, Fault>> {
+        let host = Arc::clone(&self.host);
+        self.answer(blocking(move || Ok(ledger::seen(host.house().store.root(), &host.house().recorded()?))))
     }
 }
 

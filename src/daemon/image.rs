@@ -24,7 +24,7 @@ use crate::oci::{
 };
 use crate::registry::{Client, ClientConfig, CredentialConfig, Patience};
 use crate::snapshots::{Snapshots, SnapshotsConfig};
-use crate::store::{CacheGoal, Evicted, Store, StoreConfig, StoreError};
+use crate::store::{CacheGoal, Evicted, Recorded, Store, StoreConfig, StoreError};
 use crate::transport::{ImageSource, ResolvedImage, Transports};
 use crate::unpack::{Progress, unpack_ordinary};
 use crate::vfs::{self, Bring, Layer, Purpose, Vfs};
@@ -249,13 +249,15 @@ impl House {
         Ok(())
     }
 
-    /// Brings the cache to `goal`, as far as that is possible: images that nobody uses go as a whole, then chunks of those
-    /// that this process has open. Waits for the disk.
-    ///
-    /// # Errors
-    /// What the disk says.
-    pub fn make_room(&self, goal: &CacheGoal, dry_run: bool) -> Result<(Evicted, Room), StoreError> {
-        let evicted = self.store.evict(goal, dry_run)?;
+    /// Brings the cache to `goal`, as far as that is possible: images that nobody uses go as a whole, those of them that are
+    /// recorded last, then chunks of those that this process has open. Waits for the disk.
+    pub(super) fn make_room(
+        &self,
+        goal: &CacheGoal,
+        recorded: &Recorded,
+        dry_run: bool,
+    ) -> Result<(Evicted, Room), StoreError> {
+        let evicted = self.store.evict(goal, recorded, dry_run)?;
         let freed = if dry_run { evicted.bytes } else { 0 };
         let excess = goal.excess(evicted.left, self.store.free_bytes()?.saturating_add(freed));
         let room = match self.fetcher.get() {

@@ -6,6 +6,7 @@ pub mod config;
 pub mod examine;
 pub mod host;
 pub mod image;
+pub mod ledger;
 pub mod logins;
 mod metrics;
 pub mod mounts;

@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::counters::add;
 use super::layer::{Body, Chunked};
@@ -24,7 +24,7 @@ use crate::store::StoreError;
 const ROUNDS: u32 = 8;
 
 /// Room that was made, or would be.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Room {
     /// How many chunks have gone.
     pub chunks: u64,

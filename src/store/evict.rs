@@ -15,15 +15,15 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
-use super::{Store, StoreError, blob};
+use super::{Anchor, Store, StoreError, blob};
 use crate::sys::loopdev::{LoopDevice, loop_devices};
 use crate::sys::mount::mount_table;
 use crate::sys::{FileLock, LockMode};
 
 /// One layer image in the cache.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CacheEntry {
     /// The blob it comes from, as `ALGORITHM:HEX`.
     pub blob: String,
@@ -35,6 +35,8 @@ pub struct CacheEntry {
     pub last_used: SystemTime,
     /// A process uses it, or the kernel shows it.
     pub in_use: bool,
+    /// A snapshot or a pulled image is made of it.
+    pub recorded: bool,
     #[serde(skip)]
     place: PathBuf,
 }
@@ -50,8 +52,33 @@ pub struct CacheGoal {
     pub all: bool,
 }
 
+/// Images that snapshots and pulled images are made of: blob, as `ALGORITHM:HEX`, and anchor. They go after all others, and
+/// not at all if only unpacking a tar would bring them again.
+pub type Recorded = HashSet<(String, String)>;
+
+impl CacheEntry {
+    /// One for tests.
+    #[cfg(any(test, feature = "testkit"))]
+    pub fn example() -> Self {
+        Self {
+            blob: "sha256:1".to_owned(),
+            anchor: "whole".to_owned(),
+            bytes: 2,
+            last_used: SystemTime::UNIX_EPOCH,
+            in_use: false,
+            recorded: true,
+            place: PathBuf::new(),
+        }
+    }
+
+    /// True if it comes again by itself when it is read.
+    fn comes_again(&self) -> bool {
+        !matches!(self.anchor.parse(), Ok(Anchor::Tar(_)))
+    }
+}
+
 /// What has gone, or would go.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
 pub struct Evicted {
     /// The images, in the order in which they went.
     pub images: Vec<CacheEntry>,
@@ -72,9 +99,11 @@ impl CacheGoal {
 /// Which of `entries` go, in order. `free` are the free bytes of the disk.
 fn choose(entries: &[CacheEntry], goal: &CacheGoal, free: u64) -> Vec<usize> {
     let wanted = goal.excess(entries.iter().map(|entry| entry.bytes).sum(), free);
+    let may_go = |entry: &CacheEntry| !entry.in_use && (goal.all || !entry.recorded || entry.comes_again());
     let mut candidates: Vec<usize> =
-        entries.iter().enumerate().filter(|(_, entry)| !entry.in_use).map(|(number, _)| number).collect();
-    candidates.sort_by_key(|number| entries.get(*number).map(|entry| (entry.last_used, entry.place.clone())));
+        entries.iter().enumerate().filter(|(_, entry)| may_go(entry)).map(|(number, _)| number).collect();
+    candidates
+        .sort_by_key(|number| entries.get(*number).map(|entry| (entry.recorded, entry.last_used, entry.place.clone())));
     let mut gained = 0_u64;
     candidates.retain(|number| {
         let goes = goal.all || gained < wanted;
@@ -104,6 +133,7 @@ impl Store {
                         bytes: bytes_on_disk(&place),
                         last_used: lock.modified().unwrap_or(SystemTime::UNIX_EPOCH),
                         in_use: shown.has(&place.join(blob::IMAGE)) || is_locked(&place),
+                        recorded: false,
                         place,
                     });
                 }
@@ -132,11 +162,31 @@ impl Store {
     ///
     /// # Errors
     /// Directories that cannot be read or moved.
-    pub fn evict(&self, goal: &CacheGoal, dry_run: bool) -> Result<Evicted, StoreError> {
+    pub fn evict(&self, goal: &CacheGoal, recorded: &Recorded, dry_run: bool) -> Result<Evicted, StoreError> {
+        let mut entries = self.cache()?;
+        for entry in &mut entries {
+            entry.recorded = recorded.contains(&(entry.blob.clone(), entry.anchor.clone()));
+        }
+        let chosen = choose(&entries, goal, self.free_bytes()?);
+        self.remove_all(&entries, &chosen, dry_run)
+    }
+
+    /// Removes those of `images` (blob and anchor) that are not in use.
+    ///
+    /// # Errors
+    /// Directories that cannot be read or moved.
+    pub fn evict_these(&self, images: &Recorded) -> Result<Evicted, StoreError> {
         let entries = self.cache()?;
+        let wanted = |entry: &CacheEntry| !entry.in_use && images.contains(&(entry.blob.clone(), entry.anchor.clone()));
+        let chosen: Vec<usize> =
+            entries.iter().enumerate().filter(|(_, entry)| wanted(entry)).map(|(number, _)| number).collect();
+        self.remove_all(&entries, &chosen, false)
+    }
+
+    fn remove_all(&self, entries: &[CacheEntry], chosen: &[usize], dry_run: bool) -> Result<Evicted, StoreError> {
         let mut evicted = Evicted { left: entries.iter().map(|entry| entry.bytes).sum(), ..Evicted::default() };
-        for number in choose(&entries, goal, self.free_bytes()?) {
-            let Some(entry) = entries.get(number) else { continue };
+        for number in chosen {
+            let Some(entry) = entries.get(*number) else { continue };
             if !dry_run && !self.remove(&entry.place)? {
                 continue;
             }
@@ -229,6 +279,7 @@ mod tests {
             bytes: *bytes,
             last_used: SystemTime::UNIX_EPOCH + Duration::from_secs(*used),
             in_use: *in_use,
+            recorded: false,
             place: PathBuf::from(format!("/{number}")),
         };
         of.iter().enumerate().map(entry).collect()
@@ -253,6 +304,26 @@ mod tests {
             (goal(None, 0, true), 0, vec![3, 2, 0, 4]),
         ] {
             assert_eq!(choose(&entries, &goal, free), expected, "{goal:?} with {free} free");
+        }
+    }
+
+    #[test]
+    fn what_is_recorded_goes_last_and_what_would_not_come_again_stays() {
+        let mut entries = entries(&[(10, 1, false), (20, 2, false), (30, 3, false), (40, 4, false), (50, 0, true)]);
+        let hex = "ab".repeat(32);
+        for (number, anchor) in [(0, format!("tar-{hex}")), (1, format!("index-{hex}")), (4, format!("index-{hex}"))] {
+            entries[number].recorded = true;
+            entries[number].anchor = anchor;
+        }
+        entries[3].anchor = format!("tar-{hex}");
+        let goal = |quota, all| CacheGoal { quota, reserve: 0, all };
+        for (goal, expected) in [
+            (goal(Some(149), false), vec![2]),
+            (goal(Some(100), false), vec![2, 3]),
+            (goal(Some(0), false), vec![2, 3, 1]),
+            (goal(None, true), vec![2, 3, 0, 1]),
+        ] {
+            assert_eq!(choose(&entries, &goal, 0), expected, "{goal:?}");
         }
     }
 }

@@ -615,7 +615,7 @@ fn what_nobody_uses_goes_and_what_somebody_uses_stays() {
     let name = |number: u8| other(number).blob.to_string();
     let all = CacheGoal { all: true, ..CacheGoal::default() };
     assert_eq!(store.cache().unwrap().iter().filter(|entry| entry.in_use).count(), 4);
-    assert_eq!(store.evict(&all, false).unwrap().images, []);
+    assert_eq!(store.evict(&all, &Recorded::default(), false).unwrap().images, []);
 
     // The kernel shows the third one.
     let path = files[2].image_path();
@@ -624,10 +624,10 @@ fn what_nobody_uses_goes_and_what_somebody_uses_stays() {
     let mut files = files.into_iter();
     let first = files.next().unwrap();
     drop(files);
-    let would = store.evict(&all, true).unwrap();
+    let would = store.evict(&all, &Recorded::default(), true).unwrap();
     assert_eq!(would.images.len(), 2);
     assert_eq!(store.cache().unwrap().len(), 4, "a dry run removes nothing");
-    let evicted = store.evict(&all, false).unwrap();
+    let evicted = store.evict(&all, &Recorded::default(), false).unwrap();
     assert_eq!(blobs(&evicted), blobs(&would));
     assert!(evicted.bytes > 0 && evicted.left > 0);
     assert!(first.image_path().exists());
@@ -635,7 +635,7 @@ fn what_nobody_uses_goes_and_what_somebody_uses_stays() {
     device.detach().unwrap();
     drop((device, first));
     let deadline = std::time::Instant::now() + Duration::from_secs(30);
-    while store.evict(&all, false).unwrap().left > 0 {
+    while store.evict(&all, &Recorded::default(), false).unwrap().left > 0 {
         assert!(std::time::Instant::now() < deadline, "the device never goes");
     }
     assert_eq!(store.cache().unwrap(), []);
@@ -647,11 +647,11 @@ fn what_nobody_uses_goes_and_what_somebody_uses_stays() {
     }
     let bytes = store.cache().unwrap()[0].bytes;
     let quota = CacheGoal { quota: Some(bytes * 2), ..CacheGoal::default() };
-    assert_eq!(blobs(&store.evict(&quota, false).unwrap()), [name(6)]);
+    assert_eq!(blobs(&store.evict(&quota, &Recorded::default(), false).unwrap()), [name(6)]);
     let quota = CacheGoal { quota: Some(bytes), ..CacheGoal::default() };
-    assert_eq!(blobs(&store.evict(&quota, false).unwrap()), [name(5)]);
+    assert_eq!(blobs(&store.evict(&quota, &Recorded::default(), false).unwrap()), [name(5)]);
     let reserve = CacheGoal { reserve: u64::MAX, ..CacheGoal::default() };
-    assert_eq!(blobs(&store.evict(&reserve, false).unwrap()), [name(7)]);
+    assert_eq!(blobs(&store.evict(&reserve, &Recorded::default(), false).unwrap()), [name(7)]);
 }
 
 #[test]

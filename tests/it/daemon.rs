@@ -16,7 +16,7 @@ use serde_json::Value;
 use crate::cli::stage::{Stage, noise, reference, tar, wait_until};
 
 /// A daemon that is killed when its owner is done with it.
-struct Daemon<'a> {
+pub(crate) struct Daemon<'a> {
     stage: &'a Stage,
     child: Child,
     log: std::path::PathBuf,
@@ -24,7 +24,7 @@ struct Daemon<'a> {
 
 impl<'a> Daemon<'a> {
     /// One that is ready.
-    fn start(stage: &'a Stage) -> Self {
+    pub(crate) fn start(stage: &'a Stage) -> Self {
         Self::start_with(stage, |_| {})
     }
 
@@ -57,7 +57,7 @@ impl<'a> Daemon<'a> {
 
     /// Asks for the end and waits for it.
     #[track_caller]
-    fn end(mut self) -> String {
+    pub(crate) fn end(mut self) -> String {
         self.signal(Signal::TERM);
         let status = self.child.wait().unwrap();
         assert!(status.success(), "{status}: {}", self.log());

@@ -1,37 +1,39 @@
-//! `headstart prune`.
-//!
-//! Works on the store itself, with or without a daemon: who uses an image holds its lock.
+//! `headstart prune`: by the daemon if there is one, since only whoever has an image open knows which of its chunks are
+//! needed. Without one whole images go; who uses one holds its lock.
 
 use std::process::ExitCode;
 
 use indicatif::HumanBytes;
-use serde::Serialize;
 
-use super::Context;
+use super::{Context, daemon};
 use crate::cli::args;
 use crate::cli::output;
-use crate::store::{CacheGoal, Evicted, Store};
-
-/// What `--json` prints.
-#[derive(Debug, Serialize)]
-struct Pruned {
-    dry_run: bool,
-    #[serde(flatten)]
-    evicted: Evicted,
-}
+use crate::control::{PruneAsked, Pruned};
+use crate::daemon::image::House;
+use crate::daemon::ledger::prune_goal;
 
 pub(crate) fn run(context: &Context, arguments: &args::Prune) -> anyhow::Result<ExitCode> {
-    let store = Store::open(&context.config.root)?;
-    let goal = CacheGoal { all: arguments.all, ..context.config.cache_goal() };
-    let evicted = store.evict(&goal, arguments.dry_run)?;
+    let asked = PruneAsked { all: arguments.all, dry_run: arguments.dry_run };
+    let runtime = context.runtime()?;
+    let pruned = match daemon::find(context)? {
+        Some((_, client)) => runtime.block_on(client.prune(&asked))?,
+        None => {
+            let house = House::open(&context.config, runtime.handle().clone())?;
+            house.prune(&prune_goal(&context.config, asked.all), asked.dry_run)?
+        }
+    };
     if context.json {
-        output::json(&Pruned { dry_run: arguments.dry_run, evicted })?;
+        output::json(&pruned)?;
         return Ok(ExitCode::SUCCESS);
     }
+    let Pruned { evicted, chunks, .. } = pruned;
     for image in &evicted.images {
         output::line(&format!("{}  {}  {}", image.blob, image.anchor, HumanBytes(image.bytes)))?;
     }
     let done = if arguments.dry_run { "would be removed" } else { "removed" };
     output::line(&format!("{} images {done}, {}", evicted.images.len(), HumanBytes(evicted.bytes)))?;
+    if chunks.chunks > 0 {
+        output::line(&format!("{} chunks of images in use {done}, {}", chunks.chunks, HumanBytes(chunks.bytes)))?;
+    }
     Ok(ExitCode::SUCCESS)
 }

@@ -1,159 +1,77 @@
-//! `headstart snapshots`.
+//! `headstart snapshots` and `headstart forget`.
 
 use std::process::ExitCode;
 
 use indicatif::HumanBytes;
-use serde::Serialize;
 
-use super::Context;
-use crate::chain::{Chain, Content, Image, Key, Kind, Labels, Layer, Snapshot, State};
+use super::{Context, daemon};
+use crate::chain::State;
+use crate::cli::args;
 use crate::cli::output;
-use crate::model::{BlobDigest, DiffId};
-use crate::snapshots::{is_local, usage_of};
+use crate::control::{ForgetAsked, SeenImage, SnapshotsSeen};
+use crate::daemon::image::{self, House};
+use crate::daemon::ledger;
 use crate::store::records;
 
 pub(crate) fn snapshots(context: &Context) -> anyhow::Result<ExitCode> {
-    // A daemon that has the records open lets others look; nothing has to be asked of it.
-    let chain = records::look(&context.config.root)?;
-    let seen = Seen {
-        snapshots: chain.walk().map(|snapshot| SeenSnapshot::of(context, &chain, snapshot)).collect(),
-        images: chain.images().map(|image| SeenImage::of(&chain, image)).collect(),
+    let seen = match daemon::find(context)? {
+        Some((_, client)) => context.runtime()?.block_on(client.snapshots())?,
+        None => ledger::seen(&context.config.root, &records::look(&context.config.root)?),
     };
     if context.json {
         output::json(&seen)?;
     } else {
-        output::line(&seen.table())?;
+        output::line(&table(&seen))?;
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// What `snapshots --json` prints.
-#[derive(Debug, Serialize)]
-struct Seen {
-    snapshots: Vec<SeenSnapshot>,
-    images: Vec<SeenImage>,
+pub(crate) fn forget(context: &Context, arguments: &args::Forget) -> anyhow::Result<ExitCode> {
+    let image = image::absolute(&arguments.image)?.to_string();
+    let asked = ForgetAsked { image, prune: arguments.prune };
+    let runtime = context.runtime()?;
+    let forgotten = match daemon::find(context)? {
+        Some((_, client)) => runtime.block_on(client.forget(&asked))?,
+        None => House::open(&context.config, runtime.handle().clone())?.forget(&asked.image, asked.prune)?,
+    };
+    if context.json {
+        output::json(&forgotten)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let (snapshots, layers) = (forgotten.snapshots.len(), forgotten.evicted.images.len());
+    let bytes = HumanBytes(forgotten.evicted.bytes);
+    output::line(&format!(
+        "{} forgotten: {snapshots} snapshots and {layers} layers removed, {bytes}",
+        forgotten.image
+    ))?;
+    Ok(ExitCode::SUCCESS)
 }
 
-#[derive(Debug, Serialize)]
-struct SeenSnapshot {
-    key: Key,
-    kind: Kind,
-    parent: Option<Key>,
-    state: State,
-    /// Allocated on disk, without parents.
-    bytes: u64,
-    inodes: u64,
-    created: String,
-    updated: String,
-    labels: Labels,
-    slot: u32,
-    /// The name that it is committed under when its layer is local.
-    becomes: Option<Key>,
-    layer: Option<SeenLayer>,
-}
-
-#[derive(Debug, Serialize)]
-struct SeenLayer {
-    slot: u32,
-    diff_id: DiffId,
-    blob: BlobDigest,
-    anchor: String,
-    /// Size of the image, if it is known.
-    bytes: Option<u64>,
-    /// Since when all of it is here and verified.
-    local: Option<String>,
-}
-
-#[derive(Debug, Serialize)]
-struct SeenImage {
-    image: String,
-    manifest: BlobDigest,
-    pulled: String,
-    layers: usize,
-    committed: usize,
-}
-
-impl SeenSnapshot {
-    fn of(context: &Context, chain: &Chain, snapshot: &Snapshot) -> Self {
-        let root = &context.config.root;
-        let layer = match snapshot.content {
-            Content::Layer(slot) => chain.layer(slot).cloned(),
-            Content::Files => None,
-        };
-        // The cache may have been emptied since it was written down.
-        let layer = layer.map(|layer| Layer { local: layer.local.filter(|_| is_local(root, &layer)), ..layer });
-        let layer = layer.as_ref();
-        let usage = usage_of(root, snapshot, layer);
-        Self {
-            key: snapshot.key.clone(),
-            kind: snapshot.kind,
-            parent: snapshot.parent.clone(),
-            state: snapshot.state(layer),
-            bytes: usage.bytes,
-            inodes: usage.inodes,
-            created: snapshot.created.to_string(),
-            updated: snapshot.updated.to_string(),
-            labels: snapshot.labels.clone(),
-            slot: snapshot.slot.0,
-            becomes: snapshot.filling.as_ref().map(|target| target.name.clone()),
-            layer: layer.map(SeenLayer::of),
+fn table(seen: &SnapshotsSeen) -> String {
+    let mut lines = Vec::new();
+    for SeenImage { image, pulled, layers, committed, .. } in &seen.images {
+        lines.push(format!("{}: {committed} of {layers} layers committed, pulled {pulled}", printable(image)));
+    }
+    if seen.snapshots.is_empty() {
+        lines.push("there are no snapshots".to_owned());
+    }
+    for of in &seen.snapshots {
+        lines.push(printable(of.becomes.as_ref().unwrap_or(&of.key).as_str()));
+        lines.push(format!(
+            "  {:9}  {:7}  {:>10}  {}",
+            of.kind.name(),
+            state_name(of.state),
+            HumanBytes(of.bytes).to_string(),
+            of.created
+        ));
+        if let Some(parent) = &of.parent {
+            lines.push(format!("  on {}", printable(parent.as_str())));
+        }
+        for (name, value) in &of.labels {
+            lines.push(format!("  {}={}", printable(name), printable(value)));
         }
     }
-}
-
-impl SeenLayer {
-    fn of(layer: &Layer) -> Self {
-        Self {
-            slot: layer.slot.0,
-            diff_id: layer.id.diff_id,
-            blob: layer.id.blob,
-            anchor: layer.id.anchor.clone(),
-            bytes: layer.size,
-            local: layer.local.map(|since| since.to_string()),
-        }
-    }
-}
-
-impl SeenImage {
-    fn of(chain: &Chain, image: &Image) -> Self {
-        let committed = |name: &Key| chain.stat(name.as_str()).is_ok_and(|of| of.kind == Kind::Committed);
-        Self {
-            image: image.name.clone(),
-            manifest: image.manifest,
-            pulled: image.pulled.to_string(),
-            layers: image.layers.len(),
-            committed: image.layers.iter().filter(|layer| committed(&layer.name)).count(),
-        }
-    }
-}
-
-impl Seen {
-    fn table(&self) -> String {
-        let mut lines = Vec::new();
-        for SeenImage { image, pulled, layers, committed, .. } in &self.images {
-            lines.push(format!("{}: {committed} of {layers} layers committed, pulled {pulled}", printable(image)));
-        }
-        if self.snapshots.is_empty() {
-            lines.push("there are no snapshots".to_owned());
-        }
-        for of in &self.snapshots {
-            lines.push(printable(of.becomes.as_ref().unwrap_or(&of.key).as_str()));
-            lines.push(format!(
-                "  {:9}  {:7}  {:>10}  {}",
-                of.kind.name(),
-                state_name(of.state),
-                HumanBytes(of.bytes).to_string(),
-                of.created
-            ));
-            if let Some(parent) = &of.parent {
-                lines.push(format!("  on {}", printable(parent.as_str())));
-            }
-            for (name, value) in &of.labels {
-                lines.push(format!("  {}={}", printable(name), printable(value)));
-            }
-        }
-        lines.join("\n")
-    }
+    lines.join("\n")
 }
 
 const fn state_name(state: State) -> &'static str {

@@ -13,6 +13,7 @@ use crate::daemon::browse::BrowseError;
 use crate::daemon::config::ConfigError;
 use crate::daemon::host::{Closed, NeverLocal, NoSuchMount, OtherBlob};
 use crate::daemon::image::UnsupportedData;
+use crate::daemon::ledger::LedgerError;
 use crate::daemon::mounts::MountsError;
 use crate::daemon::place::PlaceError;
 use crate::drivers::{DriverError, UnknownDriver};
@@ -91,6 +92,7 @@ pub(super) fn known(error: &(dyn std::error::Error + 'static)) -> Option<Problem
         Damage => |_: &Damage| Some(Problem::Corrupt),
         RecordsError => of_records,
         SnapshotsError => of_snapshots,
+        LedgerError => of_ledger,
         TarError => of_tar,
         ServeError => of_serve,
         ControlError => of_control,
@@ -242,6 +244,14 @@ fn of_snapshots(error: &SnapshotsError) -> Option<Problem> {
     match error {
         SnapshotsError::Records(error) => of_records(error),
         SnapshotsError::Store(error) => of_store(error),
+    }
+}
+
+fn of_ledger(error: &LedgerError) -> Option<Problem> {
+    match error {
+        LedgerError::Records(error) => of_records(error),
+        LedgerError::Snapshots(error) => of_snapshots(error),
+        LedgerError::Store(error) => of_store(error),
     }
 }
 

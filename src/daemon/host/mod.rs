@@ -445,7 +445,7 @@ async fn keep_in_bounds(host: Weak<Host>) {
         let goal = looking.settings.cache_goal();
         let written = looking.house.store.bytes_written();
         let evicting = tokio::task::spawn_blocking(move || {
-            if let Err(error) = looking.house.make_room(&goal, false) {
+            if let Err(error) = looking.house.prune(&goal, false) {
                 let error: &dyn std::error::Error = &error;
                 tracing::warn!(error, "the cache is not kept within its bounds");
             }

@@ -1,6 +1,7 @@
 //! The program from end to end, as a user starts it. Needs root, /dev/fuse, overlayfs and umoci.
 
 mod bad_input;
+mod caches;
 mod commands;
 mod convert;
 mod drivers;

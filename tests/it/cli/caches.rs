@@ -48,16 +48,20 @@ fn what_is_recorded_goes_last_and_tars_stay_until_everything_goes() {
         let seen = stage.json(&["snapshots"]);
         assert_eq!((count(&seen["images"]), count(&seen["snapshots"])), (2, 4), "{seen:#}");
 
-        stage.ok(&["prune"]);
         let tars = |pruned: &Value| {
             let all = pruned["images"].as_array().unwrap();
             all.iter().filter(|image| image["anchor"].as_str().unwrap().starts_with("tar-")).count()
         };
-        let left = stage.json(&["prune", "--all", "--dry-run"]);
-        assert_eq!((count(&left["images"]), tars(&left)), (2, 2), "tars are unpacked with effort: {left:#}");
+        // A daemon lets go of what it has just written when that is synced.
+        wait_until("all but tars goes", || {
+            stage.ok(&["prune"]);
+            let left = stage.json(&["prune", "--all", "--dry-run"]);
+            assert_eq!(tars(&left), 2, "tars are unpacked with effort: {left:#}");
+            count(&left["images"]) == 2 && left["left"] == 0
+        });
         stage.ok(&["forget", &ordinary]);
         let pruned = stage.json(&["prune"]);
-        assert_eq!((count(&pruned["images"]), tars(&pruned), &pruned["left"]), (2, 2, &Value::from(0)), "{pruned:#}");
+        assert!(tars(&pruned) == 2 && pruned["left"] == 0, "{pruned:#}");
         let seen = stage.json(&["snapshots"]);
         let states: Vec<&Value> = seen["snapshots"].as_array().unwrap().iter().map(|of| &of["state"]).collect();
         assert_eq!(states, ["lazy", "lazy"], "the other image is still named: {seen:#}");

@@ -7,7 +7,7 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::panic::{self, AssertUnwindSafe};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
 use fuser::{
@@ -42,6 +42,8 @@ pub(super) struct Connection<F> {
     pub(super) deadlines: Deadlines,
     pub(super) patience: Duration,
     pub(super) counting: Counting,
+    /// The kernel's number of the first request that came.
+    pub(super) first: OnceLock<u64>,
 }
 
 /// A request on its way to an answer.
@@ -58,8 +60,13 @@ struct Parcel<Q: Request> {
 impl<F: FileSystem> Connection<F> {
     /// Answers `request`, now if its bytes are local, else when they have arrived. Never waits.
     fn handle<Q: Request>(self: &Arc<Self>, caller: &Caller, request: Q, reply: Q::Reply) {
+        self.met(caller);
         self.counting.count(Q::KIND);
         self.go_on(Parcel { request, reply, caller: caller.pid(), rounds: 0, since: None });
+    }
+
+    fn met(&self, caller: &Caller) {
+        self.first.get_or_init(|| caller.unique().0);
     }
 
     /// Tells the kernel never to ask for extended attributes again.
@@ -263,8 +270,9 @@ impl<F: FileSystem> Filesystem for Adapter<F> {
         self.connection.handle(caller, Lseek { ino: ino.0, offset, whence }, reply);
     }
 
-    fn statfs(&self, _caller: &Caller, ino: INodeNo, reply: ReplyStatfs) {
+    fn statfs(&self, caller: &Caller, ino: INodeNo, reply: ReplyStatfs) {
         const BLOCK: u32 = 4096;
+        self.connection.met(caller);
         self.connection.counting.count(Kind::Totals);
         let totals = self.connection.fs.totals(ino.0);
         reply.statfs(totals.bytes.div_ceil(BLOCK.into()), 0, 0, totals.files, 0, BLOCK, 255, BLOCK);

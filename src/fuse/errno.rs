@@ -57,6 +57,9 @@ pub enum Failure {
         /// Which bytes.
         range: crate::model::ByteRange,
     },
+    /// It was asked of a process that is gone, and nobody knows what it was.
+    #[error("the process that was asked is gone")]
+    Lost,
     /// Bytes were brought again and again and are still absent.
     #[error("bytes {range} of layer {layer} are absent however often they are fetched")]
     StillAbsent {
@@ -95,7 +98,8 @@ impl Failure {
             | Self::Closed { .. }
             | Self::Forgotten { .. }
             | Self::StillAbsent { .. } => Errno::EIO,
-            Self::Abandoned { .. } => Errno::EINTR,
+            // Whoever hears this of a call that no signal interrupted asks again, as of one that a signal did.
+            Self::Abandoned { .. } | Self::Lost => Errno::EINTR,
             Self::NoAttribute => Errno::ENODATA,
             Self::BufferTooSmall => Errno::ERANGE,
             Self::NothingBehind => Errno::ENXIO,
@@ -212,6 +216,7 @@ mod tests {
             (Failure::Forgotten { layer: 0, range }, Errno::EIO),
             (Failure::Closed { layer: 0, range }, Errno::EIO),
             (Failure::Abandoned { layer: 0, range }, Errno::EINTR),
+            (Failure::Lost, Errno::EINTR),
             (Failure::StillAbsent { layer: 0, range }, Errno::EIO),
             (Failure::NoAttribute, Errno::ENODATA),
             (Failure::BufferTooSmall, Errno::ERANGE),

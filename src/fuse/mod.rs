@@ -9,6 +9,9 @@
 //! listings; link targets), because nothing in an image changes. Of what does change, names of snapshots and layers, it
 //! is told ([`KernelCache`](crate::vfs::KernelCache)).
 //!
+//! A connection may outlive its process: what it takes to serve on is in [`Server::kept`], and [`serve_link`] does it. What was
+//! asked and not answered is asked again by the kernel (Linux 6.9), or refused with EINTR, which means to ask again.
+//!
 //! It refuses to know where bytes come from ([`Bring`](crate::vfs::Bring)).
 
 mod adapter;
@@ -16,19 +19,22 @@ mod attr;
 mod counters;
 mod errno;
 mod invalidate;
+mod link;
+mod lost;
 mod requests;
 mod tickets;
 
 use std::fmt;
 use std::io;
+use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::sys::fuse::{FuseMountOptions, mount_fuse, set_read_ahead};
-use crate::sys::mount::{MountError, Unmount, check_mount_point, drop_unused, unmount};
-use crate::vfs::FileSystem;
+use crate::sys::fuse::{resend, set_read_ahead};
+use crate::sys::mount::{MountError, Unmount, drop_unused, unmount};
+use crate::vfs::{FileSystem, KernelMemory};
 
 use adapter::{Adapter, Connection};
 use counters::Counting;
@@ -37,6 +43,7 @@ use tickets::Deadlines;
 
 pub use counters::Counters;
 pub use errno::Failure;
+pub use link::{Kept, Link, LinkError};
 
 /// How far the kernel reads ahead, in KiB, if root says so: the largest read there is. With the default of 128, reading
 /// a whole image takes about twice as long.
@@ -97,8 +104,11 @@ pub enum ServeError {
 pub struct Server {
     mount_point: PathBuf,
     end: Arc<End>,
-    connection: Arc<dyn Steer>,
+    /// None while it begins.
+    connection: Option<Arc<dyn Steer>>,
     invalidations: Option<Arc<Invalidations>>,
+    /// None when it is over: a connection that nobody serves must not be kept by this process.
+    kept: Arc<Mutex<Option<Kept>>>,
 }
 
 /// What can be asked of a connection without knowing where its bytes come from.
@@ -133,44 +143,56 @@ impl fmt::Debug for Server {
 /// # Errors
 /// See [`ServeError`]; nothing is mounted then.
 pub fn serve<F: FileSystem>(fs: F, mount_point: &Path, options: &ServeOptions) -> Result<Server, ServeError> {
-    let mount_point = check_mount_point(mount_point)?;
+    serve_link(fs, Link::mount(mount_point, options)?, options)
+}
+
+/// Serves `fs` on a connection that is mounted already. If a process served it before, `fs` must have everything that was
+/// shown then, under the same numbers: the kernel goes on where it was.
+///
+/// # Errors
+/// See [`ServeError`]; nothing is mounted then.
+pub fn serve_link<F: FileSystem>(fs: F, link: Link, options: &ServeOptions) -> Result<Server, ServeError> {
+    let mount_point = link.mount_point().to_owned();
+    let end = Arc::new(End::default());
+    // From here on dropping it unmounts.
+    let mut server = Server {
+        mount_point: mount_point.clone(),
+        end: Arc::clone(&end),
+        connection: None,
+        invalidations: None,
+        kept: Arc::default(),
+    };
     let failed = |source| ServeError::Session { mount_point: mount_point.clone(), source };
     let deadlines = Deadlines::start().map_err(failed)?;
     let acl = options.default_permissions && fs.may_show_xattrs();
     let counting = Counting::default();
-    let connection = Arc::new(Connection { fs, deadlines, patience: options.patience, counting });
-    let device = mount_fuse(
-        &mount_point,
-        &FuseMountOptions {
-            source: options.source.clone(),
-            allow_other: options.allow_other,
-            default_permissions: options.default_permissions,
-        },
-    )?;
-    let end = Arc::new(End::default());
-    let steer = Arc::clone(&connection);
-    let served = Arc::clone(&connection);
-    // From here on dropping it unmounts.
-    let mut server =
-        Server { mount_point: mount_point.clone(), end: Arc::clone(&end), connection: steer, invalidations: None };
+    let first = OnceLock::new();
+    let connection = Arc::new(Connection { fs, deadlines, patience: options.patience, counting, first });
+    server.connection = Some(Arc::<Connection<F>>::clone(&connection));
     let mut config = fuser::Config::default();
     config.n_threads = Some(options.threads.max(1));
-    let adapter = Adapter { connection, acl, stateless: adapter::Stateless::default() };
-    // The kernel checks who may use the mount; a second check here would only repeat it.
-    let session = fuser::Session::from_fd(adapter, device, fuser::SessionACL::All, config).map_err(failed)?;
+    let adapter = Adapter { connection: Arc::clone(&connection), acl, stateless: adapter::Stateless::default() };
+    let (session, kept) = link.introduce(adapter, config).map_err(failed)?;
+    *server.kept() = Some(kept);
     let invalidations = Invalidations::start(session.notifier()).map_err(failed)?;
     server.invalidations = Some(Arc::clone(&invalidations));
-    served.fs.connect(Arc::<Invalidations>::clone(&invalidations));
+    let memory = if link.was_served() { KernelMemory::Unknown } else { KernelMemory::Blank };
+    connection.fs.connect(Arc::<Invalidations>::clone(&invalidations), memory);
+    let sent_again = !link.was_served() || link.can_resend && resend(session.as_fd()).map_err(failed)?;
+    let kept = Arc::clone(&server.kept);
     thread::Builder::new()
         .name("fuse-session".into())
         .spawn(move || {
-            let _said = Said { end: &end, invalidations: &invalidations };
+            let _said = Said { end: &end, invalidations: &invalidations, kept: &kept };
             if let Err(error) = session.run() {
                 let error: &dyn std::error::Error = &error;
                 tracing::warn!(error, "the FUSE session ended with an error");
             }
         })
         .map_err(failed)?;
+    if !sent_again {
+        lost::refuse_lost(link.into_device(), Arc::clone(&connection), mount_point.clone()).map_err(failed)?;
+    }
     if rustix::process::geteuid().is_root()
         && let Err(error) = set_read_ahead(&mount_point, READ_AHEAD_KIB)
     {
@@ -188,7 +210,7 @@ impl Server {
 
     /// How many requests wait for bytes.
     pub fn waiting(&self) -> usize {
-        self.connection.waiting()
+        self.connection.as_ref().map_or(0, |connection| connection.waiting())
     }
 
     /// How many requests the kernel has made, except opens, `statfs` and what writes.
@@ -198,7 +220,12 @@ impl Server {
 
     /// The same by what they asked for.
     pub fn counters(&self) -> Counters {
-        self.connection.counters()
+        self.connection.as_ref().map(|connection| connection.counters()).unwrap_or_default()
+    }
+
+    /// What another process needs to serve on when this one is gone; none when the connection is over.
+    pub fn kept(&self) -> MutexGuard<'_, Option<Kept>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits until the kernel believes nothing any more that has changed, at most for `patience`; false if it does then.
@@ -264,7 +291,9 @@ impl Drop for Server {
             let error: &dyn std::error::Error = &error;
             tracing::warn!(error, "the mount stays behind");
         }
-        self.connection.close();
+        if let Some(connection) = &self.connection {
+            connection.close();
+        }
         if let Some(invalidations) = &self.invalidations {
             invalidations.close();
         }
@@ -288,11 +317,14 @@ impl End {
 struct Said<'a> {
     end: &'a End,
     invalidations: &'a Invalidations,
+    kept: &'a Mutex<Option<Kept>>,
 }
 
 impl Drop for Said<'_> {
     fn drop(&mut self) {
         self.invalidations.close();
+        let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner).take();
+        drop(kept);
         *self.end.over() = true;
         self.end.changed.notify_all();
     }

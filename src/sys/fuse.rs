@@ -5,17 +5,17 @@
 
 use std::ffi::CString;
 use std::fs::{self, OpenOptions};
-use std::io::{self, IoSliceMut, Read};
-use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::mount::MountFlags;
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 
+use super::descriptors::receive;
 use super::mount::{MountError, Unmount, mounted_on};
 
 /// The type under which mounts show in the mount table.
@@ -96,7 +96,8 @@ fn mount_through_helper(mount_point: &Path, options: &FuseMountOptions) -> Resul
         .stderr(Stdio::piped())
         .spawn()
         .map_err(MountError::NoHelper)?;
-    let device = receive_descriptor(&ours);
+    // The other side closes without a descriptor if it failed.
+    let device = receive(&ours, &mut [0]).map(|(_, descriptors)| descriptors.into_iter().next());
     let mut message = String::new();
     if let Some(mut stderr) = child.stderr.take() {
         // Unreadable complaints leave the message empty; the exit status still counts.
@@ -109,26 +110,6 @@ fn mount_through_helper(mount_point: &Path, options: &FuseMountOptions) -> Resul
         _ => {
             let message = message.trim().trim_start_matches("fusermount3: ").to_owned();
             Err(MountError::Helper { path: mount_point.to_owned(), message })
-        }
-    }
-}
-
-/// The descriptor that the other side sends, none if it closes without one.
-fn receive_descriptor(socket: &UnixStream) -> io::Result<Option<OwnedFd>> {
-    let mut byte = [0];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    loop {
-        let mut messages = RecvAncillaryBuffer::new(&mut space);
-        let buffers = &mut [IoSliceMut::new(&mut byte)];
-        match rustix::net::recvmsg(socket, buffers, &mut messages, RecvFlags::CMSG_CLOEXEC) {
-            Err(Errno::INTR) => {}
-            Err(errno) => return Err(errno.into()),
-            Ok(_) => {
-                return Ok(messages.drain().find_map(|message| match message {
-                    RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
-                    _ => None,
-                }));
-            }
         }
     }
 }
@@ -164,4 +145,62 @@ pub fn set_read_ahead(mount_point: &Path, kibibytes: u32) -> io::Result<()> {
     let entry = mounted_on(mount_point)?.ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
     let setting = format!("/sys/class/bdi/{}:{}/read_ahead_kb", entry.major, entry.minor);
     fs::write(setting, kibibytes.to_string())
+}
+
+/// Room for the kernel's first request. It wants more than the request has (`FUSE_MIN_READ_BUFFER`).
+const FIRST_REQUEST: usize = 8192;
+
+/// Reads the first request of a connection that nobody has served yet, as it is. Waits for it.
+///
+/// # Errors
+/// What the kernel says: `ENODEV` if it was unmounted meanwhile.
+pub fn first_request(device: impl AsFd) -> io::Result<Box<[u8]>> {
+    let mut buffer = vec![0; FIRST_REQUEST];
+    let length = rustix::io::retry_on_intr(|| rustix::io::read(&device, &mut *buffer))?;
+    buffer.truncate(length);
+    Ok(buffer.into())
+}
+
+/// `struct fuse_out_header`: length, error or kind of message, number of the request.
+fn header(error: i32, unique: u64) -> [u8; 16] {
+    let mut header = [0; 16];
+    header[..4].copy_from_slice(&16_u32.to_ne_bytes());
+    header[4..8].copy_from_slice(&error.to_ne_bytes());
+    header[8..].copy_from_slice(&unique.to_ne_bytes());
+    header
+}
+
+/// Asks the kernel to send every request again that was read and not answered. True if it does: it can since Linux 6.9
+/// (`FUSE_NOTIFY_RESEND`).
+///
+/// # Errors
+/// What the kernel says, but for that it does not know this.
+pub fn resend(device: impl AsFd) -> io::Result<bool> {
+    const FUSE_NOTIFY_RESEND: i32 = 7;
+    match rustix::io::write(device, &header(FUSE_NOTIFY_RESEND, 0)) {
+        Ok(_) => Ok(true),
+        Err(Errno::INVAL) => Ok(false),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// Answers request `unique` with `errno`. False if nobody waits for an answer to it.
+///
+/// # Errors
+/// What the kernel says else.
+pub fn refuse(device: impl AsFd, unique: u64, errno: i32) -> io::Result<bool> {
+    match rustix::io::write(device, &header(-errno, unique)) {
+        Ok(_) => Ok(true),
+        Err(Errno::NOENT) => Ok(false),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// True as long as there is a connection behind `device`: it is mounted or in use, and nobody aborted it.
+pub fn is_connected(device: impl AsFd) -> bool {
+    let mut descriptors = [PollFd::new(&device, PollFlags::empty())];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    let asked = rustix::io::retry_on_intr(|| poll(&mut descriptors, Some(&now)));
+    let over = PollFlags::ERR | PollFlags::HUP | PollFlags::NVAL;
+    asked.is_ok() && !descriptors.iter().any(|descriptor| descriptor.revents().intersects(over))
 }

@@ -1,5 +1,6 @@
 //! System calls that need care, and the only unsafe code.
 
+pub mod descriptors;
 pub mod fuse;
 mod hole;
 mod lock;

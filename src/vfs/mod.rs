@@ -40,7 +40,7 @@ pub use forest::{Forest, ForestError, LayerSlot, SnapshotSlot};
 pub use layer::Layer;
 pub use numbers::{Numbers, ROOT_INO};
 pub use open::{Bring, BringError, Done, OpenError, Purpose, open_layer, open_layers};
-pub use served::{FileSystem, KernelCache, Missing, TakeItem};
+pub use served::{FileSystem, KernelCache, KernelMemory, Missing, TakeItem};
 
 /// What a name stands for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -29,6 +29,15 @@ pub trait KernelCache: Send + Sync {
     fn listing_changed(&self, dir: u64);
 }
 
+/// What a kernel remembers when a connection begins to be served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KernelMemory {
+    /// Nothing: it is a new connection.
+    Blank,
+    /// What another process told it, which nobody knows any more.
+    Unknown,
+}
+
 /// Files under inode numbers. No method waits: what needs bytes that are not local fails with [`Error::Absent`], has
 /// changed nothing, and is run again when [`FileSystem::bring`] has brought them. The root is [`super::ROOT_INO`].
 ///
@@ -80,8 +89,8 @@ pub trait FileSystem: Send + Sync + 'static {
     /// The kernel has dropped `count` of the references to `ino` that lookups gave it.
     fn forget(&self, _ino: u64, _count: u64) {}
 
-    /// From now on `cache` is told what changes. What an earlier connection had looked up counts no more.
-    fn connect(&self, _cache: Arc<dyn KernelCache>) {}
+    /// From now on `cache` is told what changes. What an earlier connection of this process had looked up counts no more.
+    fn connect(&self, _cache: Arc<dyn KernelCache>, _memory: KernelMemory) {}
 
     /// The layer that an operation on `ino` counts as `layer`, in a person's words, if that says more than the number.
     fn describe(&self, _ino: u64, _layer: u16) -> Option<String> {
@@ -198,8 +207,8 @@ impl<F: FileSystem> FileSystem for Arc<F> {
         (**self).forget(ino, count);
     }
 
-    fn connect(&self, cache: Arc<dyn KernelCache>) {
-        (**self).connect(cache);
+    fn connect(&self, cache: Arc<dyn KernelCache>, memory: KernelMemory) {
+        (**self).connect(cache, memory);
     }
 
     fn describe(&self, ino: u64, layer: u16) -> Option<String> {

@@ -119,7 +119,7 @@ impl Stage {
 }
 
 #[track_caller]
-fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+pub(crate) fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !condition() {
         assert!(Instant::now() < deadline, "{what}");
@@ -160,7 +160,7 @@ proptest! {
 }
 
 /// Files with their contents, some small and some large, in a layer of its own.
-fn contents(layer: u8, count: u8) -> BTreeMap<String, Vec<u8>> {
+pub(crate) fn contents(layer: u8, count: u8) -> BTreeMap<String, Vec<u8>> {
     let content = |number: u8| {
         let mut bytes = pattern(if number.is_multiple_of(8) { 300_000 } else { 9_000 });
         bytes.iter_mut().for_each(|byte| *byte ^= layer.wrapping_mul(31) ^ number);
@@ -169,7 +169,7 @@ fn contents(layer: u8, count: u8) -> BTreeMap<String, Vec<u8>> {
     (0..count).map(|number| (format!("dir{layer}/file{number}"), content(number))).collect()
 }
 
-fn layer_of(files: &BTreeMap<String, Vec<u8>>) -> Vec<u8> {
+pub(crate) fn layer_of(files: &BTreeMap<String, Vec<u8>>) -> Vec<u8> {
     let first = files.keys().next().unwrap().split('/').next().unwrap();
     let mut entries = vec![directory(first)];
     entries.extend(files.iter().map(|(path, content)| file(path, content)));
@@ -177,7 +177,7 @@ fn layer_of(files: &BTreeMap<String, Vec<u8>>) -> Vec<u8> {
 }
 
 /// Reads all files in a loop until it is dropped, past what is cached, and compares them.
-struct Readers {
+pub(crate) struct Readers {
     stop: Arc<AtomicBool>,
     reads: Arc<AtomicU64>,
     longest: Arc<AtomicU64>,
@@ -185,7 +185,7 @@ struct Readers {
 }
 
 impl Readers {
-    fn start(below: &Path, files: &BTreeMap<String, Vec<u8>>, count: usize) -> Self {
+    pub(crate) fn start(below: &Path, files: &BTreeMap<String, Vec<u8>>, count: usize) -> Self {
         let (stop, reads, longest) = (Arc::<AtomicBool>::default(), Arc::default(), Arc::default());
         let files: Arc<Vec<(PathBuf, Vec<u8>)>> =
             Arc::new(files.iter().map(|(path, content)| (below.join(path), content.clone())).collect());
@@ -216,7 +216,7 @@ impl Readers {
 
     /// Waits until there have been `more` reads of all readers together.
     #[track_caller]
-    fn wait_for(&self, more: u64) {
+    pub(crate) fn wait_for(&self, more: u64) {
         let goal = self.reads.load(Ordering::Relaxed) + more;
         eventually("the readers stand still", || {
             assert!(self.threads.iter().all(|thread| !thread.is_finished()), "a reader failed");
@@ -225,7 +225,7 @@ impl Readers {
     }
 
     /// How many reads there were, and how long the longest took.
-    fn finish(mut self) -> (u64, Duration) {
+    pub(crate) fn finish(mut self) -> (u64, Duration) {
         self.stop.store(true, Ordering::Relaxed);
         for thread in self.threads.drain(..) {
             thread.join().expect("no read failed");

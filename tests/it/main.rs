@@ -25,5 +25,6 @@ mod registry;
 mod registry_real;
 mod serve;
 mod snapshots;
+mod takeover;
 mod tar;
 mod transport;

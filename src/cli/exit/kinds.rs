@@ -69,6 +69,7 @@ pub(super) fn known(error: &(dyn std::error::Error + 'static)) -> Option<Problem
         // What a mount waits for is known to it as an error and no more.
         vfs::BringError => |error: &vfs::BringError| known(&**error),
         fuse::ServeError => of_fuse,
+        fuse::LinkError => of_link,
         ImageError => of_conversion,
         LayerError => of_layer,
         TreeError => |_: &TreeError| Some(Problem::Unsupported),
@@ -451,6 +452,14 @@ fn of_fuse(error: &fuse::ServeError) -> Option<Problem> {
     match error {
         fuse::ServeError::Mount(error) => Some(of_mount(error)),
         fuse::ServeError::Session { .. } => Some(Problem::Local),
+    }
+}
+
+fn of_link(error: &fuse::LinkError) -> Option<Problem> {
+    match error {
+        fuse::LinkError::Incomplete | fuse::LinkError::Record(_) => Some(Problem::Unsupported),
+        fuse::LinkError::Unreadable(source) => of_io_or_inside(source),
+        fuse::LinkError::Over | fuse::LinkError::Elsewhere(_) => Some(Problem::Local),
     }
 }
 

@@ -18,6 +18,9 @@
 //! and what was given for it is dropped, on a thread of its own because closing a layer may wait for the disk. Behind
 //! that, numbers that were given out answer [`Error::NoSuchInode`].
 //!
+//! If the kernel was served by another process before, nobody knows how many references it has to what is listed: it counts
+//! as having some, until it says that it dropped them.
+//!
 //! So a snapshot that nobody uses when it is removed goes at once. Of one that was used, the kernel remembers names even
 //! when its last user is gone, until memory is short or somebody makes it forget (`fuse::Server::drop_unused`), or
 //! [`Forest::cut_snapshot`] ends it. One thing the kernel takes away from users at a removal: what somebody has mounted on a
@@ -31,7 +34,7 @@ mod table;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::thread;
 
-use self::table::{Garbage, Leaf, Tables, Tree};
+use self::table::{Garbage, Leaf, References, Tables, Tree};
 use super::numbers::Numbering;
 use super::slots::{LAYERS_INO, SLOTS, SNAPSHOTS_INO, SnapshotNumbers};
 use super::{Error, KernelCache, Layer, Vfs};
@@ -245,7 +248,7 @@ fn grow<R: ReadAt>(slot: u32, name: &Name, leaves: Vec<Arc<Leaf<R>>>) -> Result<
     let layers = leaves.iter().map(|leaf| Arc::clone(&leaf.layer)).collect();
     let vfs = Vfs::of_shared(layers, Numbering::Shared(SnapshotNumbers::new(slot, &slots)))?;
     let root = vfs.stat(super::slots::snapshot_root(slot))?;
-    Ok(Tree { slot, name: name.clone(), vfs, root, leaves, lookups: 0.into() })
+    Ok(Tree { slot, name: name.clone(), vfs, root, leaves, references: References::default() })
 }
 
 /// Drops what is served no more on a thread of its own: closing a layer may wait for the disk.

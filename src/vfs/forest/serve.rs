@@ -1,15 +1,15 @@
 //! A forest as a file system: which tree or layer a number belongs to, and the three directories above them.
 
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
 use super::super::file::File;
 use super::super::numbers::ROOT_INO;
 use super::super::slots::{LAYERS_INO, SNAPSHOTS_INO, Spot};
 use super::super::{
-    Bring, Done, Error, FileSystem, Item, ItemKind, KernelCache, Missing, Purpose, Seek, Stat, TakeItem, Totals,
+    Bring, Done, Error, FileSystem, Item, ItemKind, KernelCache, KernelMemory, Missing, Purpose, Seek, Stat, TakeItem,
+    Totals,
 };
-use super::table::{Leaf, Tree, give_back};
+use super::table::{Leaf, Tree};
 use super::{Forest, bury};
 use crate::model::{
     Attributes, ByteRange, DeviceNumber, DiffId, FileKind, Name, ReadAt, ReadAtError, Timestamp, Xattr,
@@ -114,7 +114,7 @@ impl<R: ReadAt + 'static> Forest<R> {
         match dir {
             SNAPSHOTS_INO => {
                 let tree = &tables.trees.get(tables.names.get(name)?)?.tree;
-                tree.lookups.fetch_add(1, Ordering::Relaxed);
+                tree.references.take();
                 Some(tree.root)
             }
             LAYERS_INO => {
@@ -124,7 +124,7 @@ impl<R: ReadAt + 'static> Forest<R> {
                 if record.listed == 0 || record.leaf.name.as_bytes() != name {
                     return None;
                 }
-                record.leaf.lookups.fetch_add(1, Ordering::Relaxed);
+                record.leaf.references.take();
                 Some(record.leaf.file)
             }
             _ => None,
@@ -204,11 +204,11 @@ impl<R: ReadAt + 'static> Forest<R> {
             Spot::SnapshotRoot { snapshot } => tables
                 .trees
                 .get(&snapshot)
-                .is_some_and(|record| give_back(&record.tree.lookups, count) && !record.listed),
+                .is_some_and(|record| record.tree.references.give_back(count) && !record.listed),
             Spot::LayerFile { layer } => tables
                 .layers
                 .get(&layer)
-                .is_some_and(|record| give_back(&record.leaf.lookups, count) && record.listed == 0),
+                .is_some_and(|record| record.leaf.references.give_back(count) && record.listed == 0),
             _ => false,
         };
         drop(tables);
@@ -347,10 +347,15 @@ impl<R: Bring> FileSystem for Forest<R> {
         self.forget(ino, count);
     }
 
-    fn connect(&self, cache: Arc<dyn KernelCache>) {
+    fn connect(&self, cache: Arc<dyn KernelCache>, memory: KernelMemory) {
         *self.cache.lock().unwrap_or_else(PoisonError::into_inner) = Some(cache);
-        let garbage = self.change().start_over();
+        let garbage = self.change().start_over(memory);
         garbage.into_iter().for_each(bury);
+        if memory == KernelMemory::Unknown {
+            // What was listed then need not be what is listed now.
+            self.tell(SNAPSHOTS_INO, None);
+            self.tell(LAYERS_INO, None);
+        }
     }
 
     fn describe(&self, ino: u64, layer: u16) -> Option<String> {

@@ -2,11 +2,11 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::SystemTime;
 
 use super::super::slots::{SLOTS, layer_file};
-use super::super::{Layer, Stat, Vfs};
+use super::super::{KernelMemory, Layer, Stat, Vfs};
 use super::{Forest, ForestError, LayerSlot};
 use crate::model::{Attributes, DeviceNumber, DiffId, FileKind, Name, ReadAt, Timestamp};
 
@@ -19,8 +19,8 @@ pub(super) struct Tree<R> {
     pub(super) root: Stat,
     /// Its layers, the lowest first.
     pub(super) leaves: Vec<Arc<Leaf<R>>>,
-    /// References that the kernel has to its root.
-    pub(super) lookups: AtomicU64,
+    /// To its root.
+    pub(super) references: References,
 }
 
 /// A layer.
@@ -31,8 +31,8 @@ pub(super) struct Leaf<R> {
     pub(super) layer: Arc<Layer<R>>,
     /// What `stat` tells of its file.
     pub(super) file: Stat,
-    /// References that the kernel has to its file.
-    pub(super) lookups: AtomicU64,
+    /// To its file.
+    pub(super) references: References,
 }
 
 pub(super) struct LayerRecord<R> {
@@ -102,10 +102,42 @@ impl<R> Garbage<R> {
     }
 }
 
-/// Gives references back that lookups took; true if none is left.
-pub(super) fn give_back(lookups: &AtomicU64, count: u64) -> bool {
-    let update = lookups.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |now| Some(now.saturating_sub(count)));
-    update.is_ok_and(|before| before <= count)
+/// References that the kernel has to a file.
+#[derive(Debug, Default)]
+pub(super) struct References {
+    counted: AtomicU64,
+    /// It may have more, from before anybody counted here.
+    presumed: AtomicBool,
+}
+
+impl References {
+    /// A lookup took one.
+    pub(super) fn take(&self) {
+        self.counted.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Gives `count` back that lookups took; true if none is left.
+    ///
+    /// The kernel gives all references to a file back at once when it drops it, so what it may have had before is gone as
+    /// well.
+    pub(super) fn give_back(&self, count: u64) -> bool {
+        if self.presumed.swap(false, Ordering::Relaxed) {
+            self.counted.store(0, Ordering::Relaxed);
+            return true;
+        }
+        let given = |now: u64| Some(now.saturating_sub(count));
+        self.counted.fetch_update(Ordering::Relaxed, Ordering::Relaxed, given).is_ok_and(|before| before <= count)
+    }
+
+    fn any(&self) -> bool {
+        self.presumed.load(Ordering::Relaxed) || self.counted.load(Ordering::Relaxed) > 0
+    }
+
+    /// From now on there are none, or nobody knows.
+    fn set(&self, presumed: bool) {
+        self.counted.store(0, Ordering::Relaxed);
+        self.presumed.store(presumed, Ordering::Relaxed);
+    }
 }
 
 fn now() -> Timestamp {
@@ -125,7 +157,7 @@ impl<R: ReadAt> Tables<R> {
         let record = self.layers.entry(slot).or_insert_with(|| {
             let file = layer_stat(slot, &layer);
             let name = Forest::<R>::layer_name(&diff_id);
-            let leaf = Arc::new(Leaf { slot, diff_id, name, layer, file, lookups: AtomicU64::new(0) });
+            let leaf = Arc::new(Leaf { slot, diff_id, name, layer, file, references: References::default() });
             LayerRecord { leaf, listed: 0, shown: 0, cut: false }
         });
         record.listed = record.listed.saturating_add(1);
@@ -244,7 +276,7 @@ impl<R: ReadAt> Tables<R> {
     pub(super) fn reap_snapshot(&mut self, slot: u32) -> Garbage<R> {
         let mut garbage = Garbage::none();
         let Some(record) = self.trees.get(&slot) else { return garbage };
-        if record.listed || record.tree.lookups.load(Ordering::Relaxed) > 0 {
+        if record.listed || record.tree.references.any() {
             return garbage;
         }
         let Some(record) = self.trees.remove(&slot) else { return garbage };
@@ -261,7 +293,7 @@ impl<R: ReadAt> Tables<R> {
     /// Stops to serve a snapshot that is not listed, whoever keeps it.
     pub(super) fn cut_snapshot(&mut self, slot: u32) -> Garbage<R> {
         if let Some(record) = self.trees.get(&slot).filter(|record| !record.listed) {
-            record.tree.lookups.store(0, Ordering::Relaxed);
+            record.tree.references.set(false);
             for leaf in &record.tree.leaves {
                 if let Some(layer) = self.layers.get_mut(&leaf.slot) {
                     layer.cut = true;
@@ -274,9 +306,7 @@ impl<R: ReadAt> Tables<R> {
     /// Stops to serve a layer that nothing keeps.
     pub(super) fn reap_layer(&mut self, slot: u32) -> Garbage<R> {
         let mut garbage = Garbage::none();
-        let kept = |record: &LayerRecord<R>| {
-            record.listed > 0 || record.shown > 0 || record.leaf.lookups.load(Ordering::Relaxed) > 0
-        };
+        let kept = |record: &LayerRecord<R>| record.listed > 0 || record.shown > 0 || record.leaf.references.any();
         if self.layers.get(&slot).is_some_and(|record| !kept(record))
             && let Some(record) = self.layers.remove(&slot)
         {
@@ -289,13 +319,14 @@ impl<R: ReadAt> Tables<R> {
         garbage
     }
 
-    /// Forgets what the kernel had looked up.
-    pub(super) fn start_over(&mut self) -> Vec<Garbage<R>> {
+    /// Begins with a kernel that remembers nothing, or nobody knows what.
+    pub(super) fn start_over(&mut self, memory: KernelMemory) -> Vec<Garbage<R>> {
+        let presumed = memory == KernelMemory::Unknown;
         for record in self.trees.values() {
-            record.tree.lookups.store(0, Ordering::Relaxed);
+            record.tree.references.set(presumed);
         }
         for record in self.layers.values() {
-            record.leaf.lookups.store(0, Ordering::Relaxed);
+            record.leaf.references.set(presumed);
         }
         let trees: Vec<u32> = self.trees.keys().copied().collect();
         let layers: Vec<u32> = self.layers.keys().copied().collect();

@@ -1,0 +1,292 @@
+//! Servers of FUSE connections that die, and others that take their place under running readers. Needs root, /dev/fuse, loop
+//! devices, EROFS and overlayfs.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Read as _;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use headstart::drivers::{KernelMounts, LayerBacking, Presented, RunDirectory};
+use headstart::fuse::{Kept, Link, LinkError, ServeOptions, Server, serve, serve_link};
+use headstart::model::{Algorithm, DiffId, Digest, Name};
+use headstart::sys::descriptors::{packet_pair, receive, send};
+use headstart::sys::fuse::is_connected;
+use headstart::sys::mount::{Unmount, unmount};
+use headstart::testkit::lazy::{LazyBytes, LazyLayer, Reaction};
+use headstart::vfs::{Forest, LayerSlot, SnapshotSlot, open_layers};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use crate::drivers::{Readers, contents, eventually, layer_of};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The files of a layer, which are the same in every process.
+fn files(layer: u8) -> BTreeMap<String, Vec<u8>> {
+    contents(layer, 24)
+}
+
+fn diff_id(image: &[u8]) -> DiffId {
+    DiffId(Digest::of(Algorithm::Sha256, image))
+}
+
+/// The process that serves: a forest of two layers and a snapshot of them, whose slots are written down here.
+#[test]
+#[ignore = "a server that other tests start as another process"]
+fn a_process_that_serves_a_forest() {
+    let place = PathBuf::from(std::env::var_os("TAKEOVER_PLACE").unwrap());
+    let keeper = std::io::stdin().as_fd().try_clone_to_owned().unwrap();
+    let mut words = [0; 64];
+    let (length, kept) = receive(&keeper, &mut words).unwrap();
+    let word = std::str::from_utf8(&words[..length]).unwrap();
+    let forest = Arc::new(Forest::new());
+    let mut sources = Vec::new();
+    for (layer, slot) in [(0, 3), (1, 170)] {
+        let image = layer_of(&files(layer));
+        let diff_id = diff_id(&image);
+        let bytes = LazyBytes::new(image, 1 << 14);
+        let mut opened = open_layers(&[(LazyLayer(Arc::clone(&bytes)), Vec::new())]).unwrap();
+        forest.add_layer(diff_id, Arc::new(opened.remove(0)), Some(LayerSlot(slot))).unwrap();
+        sources.push(bytes);
+    }
+    let name = Name::new(&b"42"[..]).unwrap();
+    let slot = Some(SnapshotSlot(9));
+    forest.add_snapshot(&name, &[LayerSlot(3), LayerSlot(170)], slot).unwrap();
+    let options = ServeOptions { patience: PATIENCE, ..ServeOptions::for_this_user("takeover") };
+    let taken = |kept| Link::take_up(Kept::found(kept).unwrap(), &place).unwrap();
+    let server = match word {
+        "new" => serve(Arc::clone(&forest), &place, &options).unwrap(),
+        "go on" => serve_link(Arc::clone(&forest), taken(kept), &options).unwrap(),
+        "go on as before 6.9" => serve_link(Arc::clone(&forest), taken(kept).without_resend(), &options).unwrap(),
+        other => panic!("{other}"),
+    };
+    {
+        let kept = server.kept();
+        send(&keeper, b"ready", &kept.as_ref().unwrap().descriptors()).unwrap();
+    }
+    // The other side closes when there is nothing more to say.
+    if receive(&keeper, &mut words).unwrap().0 > 0 {
+        for bytes in &sources {
+            bytes.script(|_, _| Reaction::Hold);
+            bytes.forget();
+        }
+        send(&keeper, b"holding", &[]).unwrap();
+        sources[1].wait_for_held(1);
+        send(&keeper, b"held", &[]).unwrap();
+    }
+    server.wait();
+}
+
+/// A connection whose server is killed and followed by another. This process keeps what has to be kept.
+struct Relay {
+    dir: tempfile::TempDir,
+    server: Option<Child>,
+    words: Option<OwnedFd>,
+    kept: Vec<OwnedFd>,
+}
+
+impl Relay {
+    fn begin() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["fs", "mnt"] {
+            fs::create_dir(dir.path().join(name)).unwrap();
+        }
+        let mut relay = Self { dir, server: None, words: None, kept: Vec::new() };
+        relay.next("new");
+        // When a file is closed the kernel asks the server, until it is told that it need not. A process that is started
+        // from here closes what readers here have open, and must not wait for a server that it is to become.
+        drop(fs::File::open(relay.tree().join(files(0).keys().next().unwrap())).unwrap());
+        relay
+    }
+
+    /// Lets the server keep readers of the upper layer waiting: done when somebody reads it.
+    fn hold(&self, reads: impl FnOnce()) {
+        let words = self.words.as_ref().unwrap();
+        send(words, b"hold", &[]).unwrap();
+        Self::hear(words, "holding");
+        reads();
+        Self::hear(words, "held");
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn tree(&self) -> PathBuf {
+        self.path("fs/snapshots/42")
+    }
+
+    /// Starts the next server, and waits until it serves.
+    fn next(&mut self, word: &str) {
+        let (ours, theirs) = packet_pair().unwrap();
+        let kept: Vec<_> = self.kept.iter().map(|descriptor| descriptor.as_fd()).collect();
+        send(&ours, word.as_bytes(), &kept).unwrap();
+        let child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "takeover::a_process_that_serves_a_forest", "--ignored", "--nocapture"])
+            .env("TAKEOVER_PLACE", self.path("fs"))
+            .stdin(theirs)
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        self.server = Some(child);
+        self.kept = Self::hear(&ours, "ready");
+        assert_eq!(self.kept.len(), 2);
+        self.words = Some(ours);
+    }
+
+    #[track_caller]
+    fn hear(words: &OwnedFd, expected: &str) -> Vec<OwnedFd> {
+        let patience = Timespec::try_from(PATIENCE).unwrap();
+        let heard = poll(&mut [PollFd::new(words, PollFlags::IN)], Some(&patience)).unwrap();
+        assert_eq!(heard, 1, "the server never says {expected:?}");
+        let mut said = [0; 64];
+        let (length, kept) = receive(words, &mut said).unwrap();
+        assert_eq!(std::str::from_utf8(&said[..length]).unwrap(), expected);
+        kept
+    }
+
+    fn kill(&mut self) {
+        let mut server = self.server.take().unwrap();
+        server.kill().unwrap();
+        server.wait().unwrap();
+    }
+
+    /// The lazy files stacked by the kernel.
+    fn present(&self) -> (KernelMounts, Presented) {
+        let mounts = KernelMounts::new(RunDirectory::claim(&self.path("run")).unwrap(), PATIENCE, false);
+        let backings: Vec<_> = (0..2)
+            .map(|layer| {
+                let image = layer_of(&files(layer));
+                let diff_id = diff_id(&image);
+                let lazy = Some(self.path("fs/layers").join(Forest::<LazyLayer>::layer_name(&diff_id)));
+                LayerBacking { diff_id, source: 0, size: image.len() as u64, lazy, local: None }
+            })
+            .collect();
+        let presented = mounts.present(&backings, &self.path("mnt"), None).unwrap();
+        (mounts, presented)
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        if let Some(server) = &mut self.server {
+            // It may have ended already.
+            server.kill().ok();
+            server.wait().ok();
+        }
+        // Whoever still waits waits no more.
+        self.kept.clear();
+        unmount(&self.path("fs"), Unmount::Lazy).ok();
+    }
+}
+
+#[test]
+fn readers_of_both_drivers_do_not_notice_that_servers_die() {
+    const KILLS: usize = 20;
+    let mut relay = Relay::begin();
+    let (mounts, presented) = relay.present();
+    let all: BTreeMap<_, _> = (0..2).flat_map(files).collect();
+    let through_fuse = Readers::start(&relay.tree(), &all, 2);
+    let through_kernel = Readers::start(presented.target(), &all, 2);
+    for _ in 0..KILLS {
+        through_fuse.wait_for(40);
+        through_kernel.wait_for(10);
+        relay.kill();
+        relay.next("go on");
+        // The kernel is to ask again for names, and for the pages of the lazy files.
+        headstart::sys::mount::drop_unused(&relay.path("fs")).unwrap();
+        for entry in fs::read_dir(relay.path("fs/layers")).unwrap() {
+            let file = fs::File::open(entry.unwrap().path()).unwrap();
+            rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+        }
+    }
+    through_fuse.wait_for(40);
+    through_kernel.wait_for(40);
+    let ((reads, longest), (kernel_reads, kernel_longest)) = (through_fuse.finish(), through_kernel.finish());
+    println!(
+        "{KILLS} servers: {reads} reads through fuse, longest {longest:?}; {kernel_reads} through the kernel, longest {kernel_longest:?}"
+    );
+    drop((presented, mounts));
+}
+
+#[test]
+fn a_read_that_waits_is_answered_by_the_next_server() {
+    for next in ["go on", "go on as before 6.9"] {
+        let mut relay = Relay::begin();
+        let (name, content) = files(1).pop_first().unwrap();
+        let path = relay.tree().join(name);
+        let mut reader = None;
+        relay.hold(|| reader = Some(thread::spawn(move || fs::read(path))));
+        relay.kill();
+        relay.next(next);
+        let read = reader.unwrap().join().unwrap().unwrap_or_else(|error| panic!("{next}: {error}"));
+        assert!(read == content, "{next}: wrong bytes");
+    }
+}
+
+#[test]
+fn without_a_next_server_readers_fail_when_nothing_is_kept_any_more() {
+    let mut relay = Relay::begin();
+    let path = relay.tree().join(files(1).pop_first().unwrap().0);
+    let mut reader = None;
+    relay.hold(|| reader = Some(thread::spawn(move || fs::read(path))));
+    let reader = reader.unwrap();
+    relay.kill();
+    assert!(is_connected(&relay.kept[0]) || is_connected(&relay.kept[1]));
+    assert!(!reader.is_finished());
+    relay.kept.clear();
+    let error = reader.join().unwrap().unwrap_err();
+    let errno = rustix::io::Errno::from_io_error(&error).unwrap();
+    assert!(
+        [rustix::io::Errno::NOTCONN, rustix::io::Errno::CONNABORTED, rustix::io::Errno::IO].contains(&errno),
+        "{error}"
+    );
+}
+
+fn kept_again(server: &Server) -> Kept {
+    let kept = server.kept();
+    let descriptors = kept.as_ref().unwrap().descriptors();
+    Kept::found(descriptors.iter().map(|descriptor| descriptor.try_clone_to_owned().unwrap()).collect()).unwrap()
+}
+
+#[test]
+fn only_the_living_connection_of_its_place_is_taken_over() {
+    let (one, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let serve_on = |place: &Path| {
+        let forest: Arc<Forest<LazyLayer>> = Arc::new(Forest::new());
+        serve(forest, place, &ServeOptions::for_this_user("takeover")).unwrap()
+    };
+    let (first, second) = (serve_on(one.path()), serve_on(other.path()));
+    let refused = Link::take_up(kept_again(&first), other.path()).unwrap_err();
+    assert!(matches!(refused, LinkError::Elsewhere(_)), "{refused}");
+    let link = Link::take_up(kept_again(&second), other.path()).unwrap();
+    assert!(link.was_served());
+    drop(link);
+    let kept = kept_again(&second);
+    second.unmount(Unmount::Strict).unwrap();
+    second.wait();
+    assert!(second.kept().is_none(), "an ended connection is kept");
+    let refused = Link::take_up(kept, other.path()).unwrap_err();
+    assert!(matches!(refused, LinkError::Over), "{refused}");
+}
+
+#[test]
+fn what_the_kernel_knew_before_is_served_until_it_is_dropped() {
+    let mut relay = Relay::begin();
+    let name = files(0).pop_first().unwrap().0;
+    let inode = |path: &Path| std::os::unix::fs::MetadataExt::ino(&fs::metadata(path).unwrap());
+    let open = fs::File::open(relay.tree().join(&name)).unwrap();
+    let (tree, file) = (inode(&relay.tree()), inode(&relay.tree().join(&name)));
+    relay.kill();
+    relay.next("go on");
+    headstart::sys::mount::drop_unused(&relay.path("fs")).unwrap();
+    assert_eq!((inode(&relay.tree()), inode(&relay.tree().join(&name))), (tree, file));
+    let mut content = Vec::new();
+    (&open).read_to_end(&mut content).unwrap();
+    assert!(content == files(0)[&name]);
+    eventually("the listing is not told", || fs::read_dir(relay.path("fs/layers")).unwrap().count() == 2);
+}

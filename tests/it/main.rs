@@ -16,6 +16,7 @@ mod erofs_reader;
 mod erofs_writer;
 mod fetch;
 mod forest;
+mod grpc;
 mod layers;
 mod mount;
 mod mount_judge;

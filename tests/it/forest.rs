@@ -476,8 +476,18 @@ fn slots_and_names_are_given_once() {
     let refused = |result: Result<LayerSlot, ForestError>| result.unwrap_err().to_string();
     let text = refused(forest.add_layer(upper.diff_id, upper.open(), Some(slot)));
     assert_eq!(text, format!("cannot give slot 5 to layer {}: layer {} has it", upper.diff_id, lower.diff_id));
-    let text = refused(forest.add_layer(lower.diff_id, lower.open(), Some(LayerSlot(6))));
-    assert_eq!(text, format!("cannot give slot 6 to layer {}: its slot is 5", lower.diff_id));
+    // One that only claims to be the same is another layer, and shares nothing with it.
+    let twin = forest.add_layer(lower.diff_id, upper.open(), Some(LayerSlot(7))).unwrap();
+    assert_eq!(twin, LayerSlot(7));
+    let names = [slot, twin].map(|slot| forest.layer_name(slot).unwrap());
+    assert_eq!(names, [lower.diff_id.to_string(), format!("{}.7", lower.diff_id)]);
+    let inos = names.map(|name| forest.lookup(3, name.as_bytes()).unwrap().unwrap().ino);
+    assert!(inos[0] != inos[1]);
+    inos.into_iter().for_each(|ino| forest.forget(ino, 1));
+    forest.remove_layer(twin).unwrap();
+    assert!(!forest.has_layer(twin) && forest.has_layer(slot));
+    // The kernel remembers nothing of it, so another may have the slot.
+    assert_eq!(forest.add_layer(upper.diff_id, upper.open(), Some(twin)).unwrap(), twin);
     assert!(matches!(
         forest.add_layer(upper.diff_id, upper.open(), Some(LayerSlot(1 << 24))),
         Err(ForestError::NoSuchSlot(_))
@@ -499,11 +509,11 @@ fn slots_and_names_are_given_once() {
     assert!(numbers(&forest, "one").contains_key(&b"/bin/tool"[..]));
     // The kernel has looked it up once, and layers' file as often.
     forest.remove_snapshot(one).unwrap();
-    let root = 4 + (9 << 4 | 3);
+    let root = 5 + (9 << 4 | 3);
     assert!(forest.has_snapshot(one));
     forest.forget(root, 1);
     assert!(!forest.has_snapshot(one) && forest.has_layer(slot));
     assert!(matches!(forest.stat(root), Err(Error::NoSuchInode(_))));
-    forest.forget(4 + (1 << 8 | 5 << 4 | 3), 1);
+    forest.forget(5 + (1 << 8 | 5 << 4 | 3), 1);
     assert!(!forest.has_layer(slot));
 }

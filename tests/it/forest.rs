@@ -15,7 +15,7 @@ use rustix::mount::{MountFlags, UnmountFlags};
 use headstart::erofs::writer::LayerRole;
 use headstart::fuse::{ServeOptions, Server, serve};
 use headstart::model::{Algorithm, DiffId, Digest, FileKind, Name, ReadAt};
-use headstart::testkit::images::{EntryWithContent, directory, file, hard_link, image_of, symlink, whiteout};
+use headstart::testkit::images::{EntryWithContent, directory, file, hard_link, image_of, opaque, symlink, whiteout};
 use headstart::testkit::lazy::{LazyBytes, LazyLayer, Reaction};
 use headstart::testkit::tree::{Listing, pattern};
 use headstart::vfs::{
@@ -149,6 +149,30 @@ fn a_layer_behind_a_loop_device_shows_what_its_snapshot_shows() {
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .collect();
     assert_eq!(listed, layers.iter().map(|made| made.diff_id.to_string()).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_layer_as_it_is_shows_what_kernel_erofs_shows() {
+    let served = Served::start();
+    let marked = Made::new(&[opaque("etc"), directory("etc"), file("etc/a", b"marked"), whiteout("gone")]);
+    for made in two_layers().iter().chain([&marked]) {
+        let slot = served.layer(made);
+        let dir = tempfile::tempdir().unwrap();
+        let (image, target) = (dir.path().join("image"), dir.path().join("target"));
+        fs::write(&image, made.image()).unwrap();
+        fs::create_dir(&target).unwrap();
+        rustix::mount::mount(&image, &target, "erofs", MountFlags::RDONLY, None).unwrap();
+        let mounted = Mounted(target.clone());
+        let raw = served.dir.path().join("raw").join(slot.0.to_string());
+        let judged = Listing::of_directory(&target).unwrap();
+        judged.assert_equals(&Listing::of_directory(&raw).unwrap());
+        drop(mounted);
+        served.forest.remove_layer(slot).unwrap();
+        assert!(served.server.settle(LONG));
+        assert!(!raw.exists());
+        served.server.drop_unused().unwrap();
+        wait_until("the layer is gone", || !served.forest.has_layer(slot));
+    }
 }
 
 #[test]
@@ -327,7 +351,7 @@ fn only_root_sees_snapshots_and_layers() {
         let arguments = ["--reuid", id, "--regid", id, "--clear-groups", "--", "ls", path];
         std::process::Command::new("setpriv").args(arguments).output().unwrap().status.success()
     };
-    for name in ["snapshots", "layers"] {
+    for name in ["snapshots", "layers", "raw"] {
         assert!(!may(&served.dir.path().join(name)), "{name}");
     }
     rustix::mount::mount_bind(served.tree("one"), bound.path()).unwrap();

@@ -25,6 +25,7 @@ mod overlay_judge;
 mod registry;
 mod registry_real;
 mod serve;
+mod shelf;
 mod snapshots;
 mod takeover;
 mod tar;

@@ -54,7 +54,7 @@ fn unmount_stale(context: &Context, mount_point: &Path, lazy: bool, entry: Optio
             return Err(Told { problem: Problem::NotFound, message }.into());
         }
     }
-    host::sweep(&context.config.root, &context.config.run);
+    host::sweep(&context.config.root);
     if let Some(entry) = entry {
         entry.clear()?;
     }

@@ -192,11 +192,6 @@ impl Listed {
     pub fn tree(&self) -> PathBuf {
         self.grove.place.join("raw").join(self.slot.0.to_string())
     }
-
-    /// The connection, which has to stay as long as somebody reads what was listed.
-    pub fn grove(&self) -> &Arc<Grove> {
-        &self.grove
-    }
 }
 
 impl Drop for Listed {

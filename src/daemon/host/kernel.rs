@@ -15,7 +15,7 @@ use futures::future::BoxFuture;
 use tokio::sync::watch;
 
 use super::MountRequest;
-use super::grove::Grove;
+use super::grove::Listed;
 use super::shelf::{Ground, Shelf, ShelfDir, facts, run_directories};
 use super::shown::{Driver, Shown};
 use crate::chain::LayerSlot;
@@ -83,13 +83,12 @@ fn present(
     let held: Vec<HeldLayer> = dirs.iter().map(|dir| dir.held().clone()).collect();
     let presented = ground.mounts.stack(&held, &request.mount_point, request.upper.as_deref())?;
     drop(held);
-    let grove = dirs.iter().find_map(ShelfDir::grove);
     let inner = Arc::new(Inner {
         presented: Mutex::new(Some(Arc::new(presented))),
         dirs: Mutex::new(dirs),
         choice,
         devices: Mutex::default(),
-        grove: Mutex::new(grove),
+        listed: Mutex::default(),
         ground,
     });
     let (say, over) = watch::channel(false);
@@ -140,10 +139,10 @@ struct Inner {
     /// None when it is over.
     dirs: Mutex<Vec<ShelfDir>>,
     choice: Choice,
-    /// Devices on lazy files that were in use when it was over: the layer's number, the device's, the file.
-    devices: Mutex<Vec<(u32, u32, PathBuf)>>,
-    /// The connection of lazy files, while they are read.
-    grove: Mutex<Option<Arc<Grove>>>,
+    /// Devices on lazy files that were in use when it was over, and those files.
+    devices: Mutex<Vec<(u32, PathBuf)>>,
+    /// What the FUSE connection shows to those devices, as long as they are read.
+    listed: Mutex<Vec<Arc<Listed>>>,
     ground: Arc<Ground>,
 }
 
@@ -162,28 +161,26 @@ impl Inner {
     fn detach(&self) {
         let Some(presented) = self.presented() else { return };
         let lazy = presented.layers().into_iter().filter(|layer| layer.backing == Backing::Lazy);
-        *lock(&self.devices) = lazy.filter_map(|layer| Some((layer.number, layer.device?, layer.file))).collect();
+        *lock(&self.devices) = lazy.filter_map(|layer| Some((layer.device?, layer.file))).collect();
         drop(presented);
         let taken = lock(&self.presented).take();
         drop(taken);
         let dirs = std::mem::take(&mut *lock(&self.dirs));
+        *lock(&self.listed) = dirs.iter().filter_map(ShelfDir::listed).collect();
         drop(dirs);
     }
 
-    /// True if a lazy file is still read through what was detached, which was in use when it was taken away. Of a layer that
-    /// others hold as well nobody can tell; they see to it that it can be read.
+    /// True if a lazy file is still read that goes with this: through what was detached, which was in use when it was taken
+    /// away, or through another stack that shows the layer. A connection that stays serves whoever is left.
     fn is_read(&self) -> bool {
-        let devices = lock(&self.devices).clone();
-        devices.iter().any(|(layer, number, file)| {
-            !self.ground.mounts.is_held(*layer)
-                && backing_of(*number).is_ok_and(|backing| backing.as_ref() == Some(file))
-        })
+        let devices = if self.ground.stays() { Vec::new() } else { lock(&self.devices).clone() };
+        devices.iter().any(|(number, file)| backing_of(*number).is_ok_and(|backing| backing.as_ref() == Some(file)))
     }
 
     /// Nobody reads lazy files any more.
     fn let_go(&self) {
-        let grove = lock(&self.grove).take();
-        drop(grove);
+        let listed = std::mem::take(&mut *lock(&self.listed));
+        drop(listed);
     }
 }
 
@@ -294,11 +291,15 @@ pub fn take_away_left(root: &Path, run: &Path, how: Unmount) -> Result<Outcome, 
 }
 
 /// Takes away what killed processes of a root left for mounts that are gone.
-pub fn sweep(root: &Path, run: &Path) {
-    let swept = left_behind(root, run).and_then(|found| {
+///
+/// What a daemon left is the next daemon's.
+pub fn sweep(root: &Path) {
+    let swept = listed(&run_directories(root)).and_then(|runs| {
         let is_mount = |left: &Leftover| matches!(left, Leftover::Overlay { .. });
-        for (run, _) in found.into_iter().filter(|(_, left)| !left.iter().any(is_mount)) {
-            leftovers::remove(&run, Unmount::Strict)?;
+        for run in runs {
+            if leftovers::look(&run)?.is_some_and(|left| !left.iter().any(is_mount)) {
+                leftovers::remove(&run, Unmount::Strict)?;
+            }
         }
         Ok(())
     });

@@ -120,7 +120,7 @@ impl Host {
         if daemon.is_some() {
             house.open_snapshots(SnapshotsConfig { sync: settings.containerd.sync })?;
         }
-        sweep(&settings.root, &settings.run);
+        sweep(&settings.root);
         let grove = match &daemon {
             None => Err(None),
             Some(_) if !rustix::process::geteuid().is_root() => {
@@ -298,7 +298,7 @@ impl Host {
         let clearing = self.runtime.spawn_blocking(move || {
             if mount::is_ours(&dead.mount_point)? {
                 mount::unmount(&dead.mount_point, mount::Unmount::Lazy)?;
-                sweep(&host.settings.root, &host.settings.run);
+                sweep(&host.settings.root);
             }
             let claim = host.records.claim(&dead.mount_point)?;
             match mount::check_mount_point(&dead.mount_point) {

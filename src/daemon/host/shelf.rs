@@ -80,6 +80,13 @@ pub(super) struct Ground {
     files: Files,
 }
 
+impl Ground {
+    /// True if the connection of lazy files is there as long as the process.
+    pub(super) fn stays(&self) -> bool {
+        matches!(self.files, Files::Common(_))
+    }
+}
+
 /// Where lazily filled files are.
 #[derive(Debug)]
 enum Files {
@@ -105,7 +112,7 @@ struct Held {
     driver: Driver,
     why: String,
     /// What the FUSE connection shows of it, while that is read.
-    listed: Mutex<Option<Listed>>,
+    listed: Mutex<Option<Arc<Listed>>>,
     ground: Arc<Ground>,
     layer: Arc<LayerImage>,
 }
@@ -240,7 +247,8 @@ impl Shelf {
         // It may have been mounted already, in another way.
         let listed = listed.filter(|_| !matches!(held.report().backing, Backing::Local(_)));
         let (why, layer) = (why.to_owned(), Arc::clone(layer));
-        let dir = ShelfDir(Arc::new(Held { held, driver, why, listed: Mutex::new(listed), ground, layer }));
+        let listed = Mutex::new(listed.map(Arc::new));
+        let dir = ShelfDir(Arc::new(Held { held, driver, why, listed, ground, layer }));
         dir.wait_for_local();
         Ok(dir)
     }
@@ -253,7 +261,7 @@ impl Shelf {
         let listed = self.list(&ground, layer, number)?;
         let (size, tree) = (layer.size(), Some(listed.tree()));
         let held = ground.mounts.hold(&LayerBacking { number, id, size, lazy: None, local: None, tree })?;
-        let (why, layer, listed) = (why.to_owned(), Arc::clone(layer), Mutex::new(Some(listed)));
+        let (why, layer, listed) = (why.to_owned(), Arc::clone(layer), Mutex::new(Some(Arc::new(listed))));
         Ok(ShelfDir(Arc::new(Held { held, driver: Driver::Fuse, why, listed, ground, layer })))
     }
 
@@ -347,9 +355,9 @@ impl ShelfDir {
         &self.0.held
     }
 
-    /// The connection that it is read through, if there is one.
-    pub(super) fn grove(&self) -> Option<Arc<Grove>> {
-        lock(&self.0.listed).as_ref().map(|listed| Arc::clone(listed.grove()))
+    /// What the FUSE connection shows of it, if it is read through that. The connection stays as long as this does.
+    pub(super) fn listed(&self) -> Option<Arc<Listed>> {
+        lock(&self.0.listed).clone()
     }
 
     /// Hands the layer over when it is local.

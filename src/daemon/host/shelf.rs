@@ -30,6 +30,7 @@ use super::grove::{Grove, Listed, Shoot};
 use crate::chain::{LayerId, LayerSlot, MAX_LAYER_SLOT};
 use crate::daemon::config::Config as Settings;
 use crate::daemon::image::Lazy;
+use crate::daemon::node::layers::{self as node, Shelves};
 use crate::drivers::{
     Backing, Capabilities, Driver, HeldLayer, KernelMounts, LayerBacking, LayerFacts, LayerReport, RunDirectory,
     Wanted, choose,
@@ -388,5 +389,17 @@ fn hand_over(held: &Weak<Held>, local: &LocalLayer) {
             tracing::warn!(layer = %local.diff_id, attempt, error, "the layer is not handed over yet");
             thread::sleep(PAUSE);
         }
+    }
+}
+
+impl Shelves for Shelf {
+    fn hold(&self, layer: &Arc<LayerImage>, slot: LayerSlot) -> anyhow::Result<Box<dyn node::Held>> {
+        Ok(Box::new(self.hold(layer, Some(slot))?))
+    }
+}
+
+impl node::Held for ShelfDir {
+    fn path(&self) -> &Path {
+        self.path()
     }
 }

@@ -45,6 +45,15 @@ pub enum Command {
         /// What it takes on disk, if that is known already.
         usage: Option<Usage>,
     },
+    /// Makes an active snapshot's files a layer: what it had is gone.
+    Become {
+        /// Which.
+        key: Key,
+        /// The layer.
+        layer: LayerId,
+        /// Size of its image in bytes.
+        size: Option<u64>,
+    },
     /// Notes what a committed snapshot takes on disk.
     Measured {
         /// Which.
@@ -107,6 +116,7 @@ pub(super) fn plan(chain: &Chain, command: &Command, now: Timestamp) -> Result<C
         Command::Commit { key, name, parent, labels, usage } => {
             commit(&mut draft, key, name, parent.as_ref(), labels, *usage, now)?;
         }
+        Command::Become { key, layer, size } => become_layer(&mut draft, key, layer, *size, now)?,
         Command::Measured { key, usage } => measured(&mut draft, key, *usage)?,
         Command::Remove { key } => remove(&mut draft, key)?,
         Command::Update { key, labels, fields } => update(&mut draft, key, labels, fields, now)?,
@@ -215,6 +225,33 @@ fn measured(draft: &mut Draft<'_>, key: &Key, usage: Usage) -> Result<(), ChainE
         return Err(ChainError::FailedPrecondition { attempted: "measure", name, unmet });
     }
     draft.put(Snapshot { usage: Some(usage), ..snapshot });
+    Ok(())
+}
+
+fn become_layer(
+    draft: &mut Draft<'_>,
+    key: &Key,
+    layer: &LayerId,
+    size: Option<u64>,
+    now: Timestamp,
+) -> Result<(), ChainError> {
+    let snapshot = draft.named(key, Subject::Snapshot)?.clone();
+    let refused = |unmet| Err(ChainError::FailedPrecondition { attempted: "change", name: key.to_string(), unmet });
+    if snapshot.kind != Kind::Active {
+        return refused(Unmet::Kind(snapshot.kind));
+    }
+    if snapshot.filling.is_some() {
+        return refused(Unmet::Filling);
+    }
+    let content = Content::Layer(fill::known_layer(draft, layer, size)?);
+    if snapshot.content == content {
+        return Ok(());
+    }
+    draft.put(Snapshot { content, updated: now, ..snapshot.clone() });
+    match snapshot.content {
+        Content::Files => draft.effect(Effect::DropFiles(snapshot.slot)),
+        Content::Layer(before) => draft.release_layer(before),
+    }
     Ok(())
 }
 

@@ -206,14 +206,19 @@ digest_type! {
 }
 
 impl ChainId {
+    /// Of the layer `diff_id` on top of the stack `below`, or on nothing.
+    pub fn on(below: Option<Self>, diff_id: DiffId) -> Self {
+        match below {
+            None => Self(diff_id.0),
+            Some(below) => Self(Digest::of(Algorithm::Sha256, format!("{below} {diff_id}").as_bytes())),
+        }
+    }
+
     /// The ChainID of each layer of a stack, lowest layer first.
     pub fn of_stack(diff_ids: &[DiffId]) -> Vec<Self> {
         let mut chain: Vec<Self> = Vec::with_capacity(diff_ids.len());
         for diff_id in diff_ids {
-            chain.push(match chain.last() {
-                None => Self(diff_id.0),
-                Some(below) => Self(Digest::of(Algorithm::Sha256, format!("{below} {diff_id}").as_bytes())),
-            });
+            chain.push(Self::on(chain.last().copied(), *diff_id));
         }
         chain
     }

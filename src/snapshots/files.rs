@@ -64,6 +64,14 @@ impl Files {
         own_at(&self.place(slot))
     }
 
+    /// Whose files are in the directory `upper`.
+    pub(super) fn slot_of(&self, upper: &Path) -> Option<SnapshotSlot> {
+        let name = upper.strip_prefix(&self.snapshots).ok()?.parent()?.to_str()?;
+        let slot = SnapshotSlot(name.parse().ok()?);
+        // Written as it would be written, and nothing else.
+        (self.own(slot).upper.as_os_str() == upper.as_os_str()).then_some(slot)
+    }
+
     fn place(&self, slot: SnapshotSlot) -> PathBuf {
         self.snapshots.join(slot.to_string())
     }

@@ -207,6 +207,21 @@ impl Snapshots {
         self.stack(key.as_str())
     }
 
+    /// Makes the files of the active snapshot `key` a layer. What it had is gone. Again is as good as once.
+    ///
+    /// # Errors
+    /// See [`SnapshotsError`].
+    pub fn become_layer(&self, key: &str, layer: &LayerSpec) -> Result<Snapshot, SnapshotsError> {
+        self.command(&Command::Become { key: Key::new(key)?, layer: layer.id(), size: layer.size })?;
+        self.stat(key)
+    }
+
+    /// The snapshot whose own files are, or were, in the directory `upper`.
+    pub fn owner_of(&self, upper: &std::path::Path) -> Option<Snapshot> {
+        let slot = self.files.slot_of(upper)?;
+        self.records.read(|chain| chain.walk().find(|snapshot| snapshot.slot == slot).cloned())
+    }
+
     /// A snapshot that shows `parent` and cannot be written to.
     ///
     /// # Errors

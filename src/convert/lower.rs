@@ -7,6 +7,7 @@ use std::collections::HashSet;
 use std::fs::File;
 use std::io::{self, BufWriter, Read};
 use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
 
 use tokio::runtime::Handle;
 use tokio::sync::watch;
@@ -15,6 +16,7 @@ use super::adopt::{LowerDirectory, LowerError, LowerFile, LowerLayers};
 use super::readback::{BlobError, BlobImage};
 use crate::chunked::{BlobSummary, SequentialError, SequentialReader};
 use crate::erofs::{self, Image, Inode, Nid};
+use crate::fetch::{Cause, LayerImage};
 use crate::model::{
     Attributes, EntryKind, FileKind, LayerEntry, Metadata, Name, NameError, ReadAt, ReadAtError, RelPath,
 };
@@ -45,6 +47,11 @@ pub(crate) enum Below {
         /// The image.
         image: Arc<File>,
     },
+    /// It is an image whose bytes come when they are read.
+    Lazy {
+        /// The layer.
+        layer: Arc<LayerImage>,
+    },
     /// It was EROFS before and lies with the source.
     Kept {
         /// Its blob.
@@ -57,7 +64,7 @@ pub(crate) enum Below {
 /// Why a lower layer cannot be looked into.
 #[derive(Debug, thiserror::Error)]
 enum BelowError {
-    #[error("the conversion of layer {0} below it failed")]
+    #[error("layer {0} below it failed")]
     Failed(usize),
     #[error(transparent)]
     Blob(#[from] BlobError),
@@ -85,6 +92,7 @@ enum BelowError {
 enum Bytes {
     Blob(BlobImage),
     File(File),
+    Lazy(Arc<LayerImage>),
 }
 
 impl ReadAt for Bytes {
@@ -92,6 +100,7 @@ impl ReadAt for Bytes {
         match self {
             Self::Blob(blob) => blob.size(),
             Self::File(file) => file.size(),
+            Self::Lazy(layer) => layer.size(),
         }
     }
 
@@ -99,7 +108,28 @@ impl ReadAt for Bytes {
         match self {
             Self::Blob(blob) => blob.read_exact_at(offset, buf),
             Self::File(file) => file.read_exact_at(offset, buf),
+            Self::Lazy(layer) => read_lazily(layer, offset, buf),
         }
+    }
+}
+
+/// Reads bytes that may have to come first.
+fn read_lazily(layer: &Arc<LayerImage>, offset: u64, buf: &mut [u8]) -> Result<(), ReadAtError> {
+    match layer.read_exact_at(offset, buf) {
+        Err(ReadAtError::Absent(range)) => {
+            let (told, tell) = sync_channel(1);
+            layer.request(range, Cause::Metadata, move |result| {
+                // Whoever waits stays until it is told.
+                told.send(result).ok();
+            });
+            let failed = |error| ReadAtError::Io { range, source: io::Error::other(error) };
+            match tell.recv() {
+                Ok(Ok(())) => layer.read_exact_at(offset, buf),
+                Ok(Err(error)) => Err(failed(error)),
+                Err(gone) => Err(ReadAtError::Io { range, source: io::Error::other(gone) }),
+            }
+        }
+        other => other,
     }
 }
 
@@ -129,7 +159,8 @@ pub(crate) enum Root {
 /// The layers below.
 pub(crate) struct Lower {
     runtime: Handle,
-    source: ImageSource,
+    /// Where layers that are [`Below::Kept`] come from.
+    source: Option<ImageSource>,
     layers: Vec<LayerBelow>,
     /// None inside if there are no layers below.
     merged: Option<Option<Overlay<View>>>,
@@ -166,7 +197,7 @@ impl Lower {
     /// looks like.
     pub(crate) fn new(
         runtime: Handle,
-        source: ImageSource,
+        source: Option<ImageSource>,
         layers: Vec<LayerBelow>,
         root: watch::Sender<Option<Root>>,
     ) -> Self {
@@ -206,6 +237,7 @@ impl Lower {
                 Below::Local { image } => {
                     Bytes::File(image.try_clone().map_err(|source| BelowError::Spool { layer, source })?)
                 }
+                Below::Lazy { layer } => Bytes::Lazy(layer),
                 Below::Kept { descriptor } => Bytes::File(self.inflate(layer, &descriptor)?),
                 Below::Aside => continue,
             };
@@ -218,12 +250,13 @@ impl Lower {
     /// The image of a layer that was EROFS before, in a temporary file.
     fn inflate(&self, layer: usize, descriptor: &Descriptor) -> Result<File, BelowError> {
         let spooled = |source| BelowError::Spool { layer, source };
-        let LayerKind::Erofs(compression) = LayerKind::of(&descriptor.media_type) else {
+        let (LayerKind::Erofs(compression), Some(source)) = (LayerKind::of(&descriptor.media_type), &self.source)
+        else {
             return Err(BelowError::Failed(layer));
         };
         let blob = self
             .runtime
-            .block_on(self.source.reader(&self.runtime, descriptor))
+            .block_on(source.reader(&self.runtime, descriptor))
             .map_err(|source| BelowError::Fetch { layer, source })?;
         let out = BufWriter::new(tempfile::tempfile().map_err(spooled)?);
         let reader: SequentialReader<BufWriter<File>> = SequentialReader::new(out, compression, MAX_IMAGE);

@@ -363,7 +363,7 @@ impl Work {
 
     fn lower(&self) -> Lower {
         let (runtime, source) = (self.workshop.runtime.clone(), self.workshop.source.clone());
-        Lower::new(runtime, source, self.below.clone(), self.root.clone())
+        Lower::new(runtime, Some(source), self.below.clone(), self.root.clone())
     }
 
     /// Converts a tar; blocks.

@@ -16,7 +16,7 @@ use super::disk::Disk;
 use super::files::{self, Durability};
 use super::meta::{Anchor, BlobSpec, Meta, Verdict};
 use super::sync::Syncer;
-use crate::model::BlobDigest;
+use crate::model::{BlobDigest, DiffId};
 use crate::sys::{FileLock, LockMode, SharedBytes};
 
 pub use punch::{Pin, Punched};
@@ -42,6 +42,8 @@ pub struct BlobFile {
     live: SharedBytes,
     live_file: File,
     verdict: Mutex<Verdict>,
+    /// Of the image of a tar: the tar's diffID.
+    tar: Option<DiffId>,
     /// Bytes written since the last sync.
     unsynced: AtomicU64,
     syncer: Arc<Syncer>,
@@ -121,6 +123,7 @@ impl BlobFile {
             live,
             live_file,
             verdict: Mutex::new(meta.verdict),
+            tar: meta.tar,
             unsynced: AtomicU64::new(0),
             syncer: Arc::clone(syncer),
             used,
@@ -143,6 +146,11 @@ impl BlobFile {
     /// Where the image lies. The file stays the same, and is not shortened, as long as this exists.
     pub fn image_path(&self) -> PathBuf {
         self.dir.join(IMAGE)
+    }
+
+    /// Of the image of a tar: the tar's diffID.
+    pub const fn tar(&self) -> Option<DiffId> {
+        self.tar
     }
 
     /// When what is known of the image as a whole was found out.
@@ -275,7 +283,11 @@ impl BlobFile {
             Verdict::Quarantined(_) => self.forget_guarded()?,
             Verdict::Unverified | Verdict::Contradicted(_) => {}
         }
-        files::replace(&self.dir.join(META), &Meta::new(&self.spec, verdict).to_bytes(), Durability::Synced)?;
+        files::replace(
+            &self.dir.join(META),
+            &Meta::new(&self.spec, verdict).of_tar(self.tar).to_bytes(),
+            Durability::Synced,
+        )?;
         *self.verdict.lock().unwrap_or_else(PoisonError::into_inner) = verdict;
         Ok(true)
     }

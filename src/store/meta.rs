@@ -122,7 +122,7 @@ pub(super) struct Meta {
     pub(super) verdict: Verdict,
     /// Of the image of a tar: the tar's diffID.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    tar: Option<DiffId>,
+    pub(super) tar: Option<DiffId>,
 }
 
 /// The part that has to be understood before the rest is.

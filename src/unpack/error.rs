@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::convert::layer::LayerError;
 use crate::fetch::FetchError;
-use crate::model::{BlobDigest, DiffId};
+use crate::model::{BlobDigest, ChainId, DiffId};
 use crate::store::StoreError;
 use crate::transport::TransportError;
 
@@ -57,6 +57,19 @@ pub enum UnpackError {
         expected: DiffId,
         /// What its bytes hash to.
         found: DiffId,
+    },
+    /// The tar does not make the stack that it is to be the top of.
+    #[error(
+        "layer {blob} does not belong where it is to be applied: with what is below it makes {found}, not {expected} \
+         (with containerd before 2.3, the snapshotter must not be declared able to rebase)"
+    )]
+    Misplaced {
+        /// The layer's blob.
+        blob: BlobDigest,
+        /// The stack that it is to be the top of.
+        expected: ChainId,
+        /// The stack that it is the top of.
+        found: ChainId,
     },
     /// The store failed.
     #[error("cannot keep layer {blob}")]

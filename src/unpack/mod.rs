@@ -13,11 +13,14 @@
 //! Guarantees: a fill ends with every layer local or with the reason why one is not; a fill that is dropped begins
 //! nothing more. Refuses to know mounts, references, and what a local layer is good for.
 
+mod apply;
 mod error;
 mod fill;
 mod ordinary;
 mod why;
 
+pub use apply::applied_before;
+pub(crate) use apply::{Apply, Place, Told};
 pub use error::UnpackError;
 pub use fill::{Fill, FillOptions, Persistence, Phase};
 pub use ordinary::{Progress, unpack_ordinary};

@@ -274,8 +274,12 @@ impl Work {
         let counted = Counted { inner: reader, shop: Arc::clone(&self.shop), layer: self.number, read: 0 };
         let source = decompress::open(counted, BlobCheck::Done(blob), self.diff_id.0.algorithm()).map_err(read)?;
         let mut source = ReadAhead::new(source).map_err(read)?;
-        let mut lower =
-            Lower::new(self.shop.runtime.clone(), self.shop.source.clone(), self.below.clone(), self.root.clone());
+        let mut lower = Lower::new(
+            self.shop.runtime.clone(),
+            Some(self.shop.source.clone()),
+            self.below.clone(),
+            self.root.clone(),
+        );
         let unpacked = unpack_layer(&mut source, self.role, self.diff_id, Some(&mut lower), &mut Out(&mut image));
         // Read to the end in any case: a blob that is not what it should be explains a broken tar better.
         let summary = match (source.finish(), &unpacked) {
@@ -311,7 +315,8 @@ impl Work {
     }
 }
 
-struct Out<'a>(&'a mut WholeWriter);
+/// A store's image as the writer of layers sees it.
+pub(super) struct Out<'a>(pub(super) &'a mut WholeWriter);
 
 impl io::Write for Out<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {

@@ -11,7 +11,7 @@ use crate::convert::ImageError;
 use crate::convert::layer::LayerError;
 use crate::daemon::browse::BrowseError;
 use crate::daemon::config::ConfigError;
-use crate::daemon::host::{Closed, NeverLocal, NoSuchMount};
+use crate::daemon::host::{Closed, NeverLocal, NoSuchMount, OtherBlob};
 use crate::daemon::image::UnsupportedData;
 use crate::daemon::ledger::LedgerError;
 use crate::daemon::mounts::MountsError;
@@ -81,6 +81,7 @@ pub(super) fn known(error: &(dyn std::error::Error + 'static)) -> Option<Problem
         DriverError => of_driver,
         UnknownDriver => |_: &UnknownDriver| Some(Problem::Usage),
         BrowseError => of_browse,
+        OtherBlob => |_: &OtherBlob| Some(Problem::Unreachable),
         vfs::ForestError => of_forest,
         Closed => |_: &Closed| Some(Problem::Unreachable),
         PlaceError => of_place,
@@ -135,7 +136,9 @@ fn of_unpack(error: &UnpackError) -> Option<Problem> {
         UnpackError::Read { source, .. } => of_io_or_inside(source),
         UnpackError::Tar { source, .. } => of_layer(source),
         UnpackError::Store { source, .. } => of_store(source),
-        UnpackError::Contradiction { .. } | UnpackError::DiffId { .. } => Some(Problem::Corrupt),
+        UnpackError::Contradiction { .. } | UnpackError::DiffId { .. } | UnpackError::Misplaced { .. } => {
+            Some(Problem::Corrupt)
+        }
         UnpackError::Unverifiable { .. } => Some(Problem::Unsupported),
         UnpackError::Full { .. } => Some(Problem::Local),
         UnpackError::Abandoned { .. } => Some(Problem::Internal),
@@ -432,6 +435,7 @@ fn of_forest(error: &vfs::ForestError) -> Option<Problem> {
         Forest::Full => Some(Problem::Local),
         Forest::NameTaken(_)
         | Forest::SlotTaken { .. }
+        | Forest::OtherSlot { .. }
         | Forest::NoSuchSlot(_)
         | Forest::NoSuchLayer(_)
         | Forest::NoSuchSnapshot(_) => Some(Problem::Internal),
@@ -491,7 +495,7 @@ fn of_driver(error: &DriverError) -> Option<Problem> {
         DriverError::Refused { source, .. } | DriverError::Stack(source) => of_mount(source),
         DriverError::Size { .. } => Problem::Corrupt,
         DriverError::Empty | DriverError::Uneven { .. } => Problem::Unsupported,
-        DriverError::Owned(_) | DriverError::Taken { .. } => Problem::MountPoint,
+        DriverError::Owned(_) => Problem::MountPoint,
         DriverError::Io { source, .. } => of_io(source),
     })
 }

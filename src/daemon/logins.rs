@@ -50,7 +50,7 @@ impl Sources {
         if let Some(pulled) = &self.pulled {
             let socket = cri_socket(&settings.run);
             let listener = grpc::bind(&socket)?;
-            let upstream = grpc::connect(&settings.credentials.cri_upstream);
+            let upstream = grpc::connect(&settings.containerd.address);
             let proxy = grpc::CriProxy::new(upstream, Arc::clone(pulled));
             let (stop, stopped) = oneshot::channel::<()>();
             tracing::info!(socket = %socket.display(), "kubelets can be told --image-service-endpoint");

@@ -21,13 +21,14 @@ use super::config::{Config as Settings, LogLevel};
 use super::host::Host;
 use super::metrics;
 use super::mounts::{Entry, Mounts};
+use super::node::diff::{ContentStore, NodeDiffer, WithTars};
 use super::node::layers::Nothing;
 use super::node::lazy::Lazy;
 use super::node::{Node, NodeOptions};
 use super::notify::Notify;
 use super::place::Place;
 use crate::control::ControlServer;
-use crate::grpc::{self, Calls, Services};
+use crate::grpc::{self, Calls, Differ, Services};
 
 /// How long questions that are under way may take when everything else has ended.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
@@ -90,7 +91,8 @@ pub fn run(settings: &Settings, above: &Above, runtime: &Handle) -> anyhow::Resu
                 }
             });
             if let Some((node, listener)) = node.zip(listener) {
-                let services = Services { snapshotter: Arc::new(node), calls: Arc::clone(&calls) };
+                let services =
+                    Services { differ: differ(&host, &node), snapshotter: Arc::new(node), calls: Arc::clone(&calls) };
                 tokio::spawn(serve_containerd(listener, services, async { closed.await.unwrap_or_default() }));
                 tracing::info!(socket = %settings.containerd.socket.display(), "snapshots are served to containerd");
             }
@@ -137,7 +139,17 @@ fn containerd_node(host: &Arc<Host>) -> anyhow::Result<Option<Node>> {
     };
     let runtime = host.house().runtime().clone();
     let lazy = Lazy::new(host.house(), (&settings.containerd).into(), &settings.containerd.address);
-    Node::new(Arc::clone(snapshots), lazy, Arc::new(Nothing), options, runtime).map(Some)
+    let layers = WithTars::new(host.house().fetcher()?.clone(), lazy);
+    Node::new(Arc::clone(snapshots), Arc::new(layers), Arc::new(Nothing), options, runtime).map(Some)
+}
+
+/// Who applies layers that containerd has downloaded.
+fn differ(host: &Host, node: &Node) -> Option<Arc<dyn Differ>> {
+    let settings = &host.settings().containerd;
+    let content = ContentStore { containerd: grpc::connect(&settings.address), directory: settings.content.clone() };
+    // The node would not be there if its threads could not be started.
+    let fetcher = host.house().fetcher().ok()?.clone();
+    Some(Arc::new(NodeDiffer::new(node.clone(), fetcher, content)))
 }
 
 async fn serve_containerd(

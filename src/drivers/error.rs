@@ -4,7 +4,6 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::chain::LayerId;
 use crate::model::DiffId;
 use crate::sys::loopdev::LoopError;
 use crate::sys::mount::MountError;
@@ -65,22 +64,12 @@ pub enum DriverError {
         /// The layer's size.
         size: u64,
     },
-    /// Neither a file nor a directory was given.
+    /// Neither a lazy nor a complete file was given.
     #[error("there is no file that holds layer {0}")]
     NoFile(DiffId),
-    /// Nobody holds the layer of this number.
-    #[error("layer number {0} is not mounted")]
-    NotMounted(u32),
-    /// The number is that of another layer.
-    #[error("cannot give number {number} to layer {id}: layer {taken_by} has it")]
-    Taken {
-        /// The number.
-        number: u32,
-        /// Who wanted it.
-        id: Box<LayerId>,
-        /// Who has it.
-        taken_by: Box<LayerId>,
-    },
+    /// No stack shows the layer.
+    #[error("layer {0} is not mounted")]
+    NotMounted(DiffId),
     /// Another owner lives.
     #[error("{0} belongs to a process that lives")]
     Owned(PathBuf),

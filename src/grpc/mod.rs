@@ -17,6 +17,7 @@ mod calls;
 mod client;
 mod containerd;
 mod cri;
+mod diff;
 pub mod proto;
 mod server;
 mod service;
@@ -29,6 +30,7 @@ pub use calls::{Calls, Tally};
 pub use client::connect;
 pub use containerd::{Containerd, ContainerdError, Content, Version, VersionError};
 pub use cri::CriProxy;
+pub use diff::{Differ, DifferError, Given, Order, Uncompressed, read_content};
 pub use server::{ServeError, Services, bind, serve};
 pub use snapshotter::{Mount, Prepared, Snapshotter, SnapshotterError};
 /// What makes `async fn` of a trait that is used behind a pointer.

@@ -11,9 +11,11 @@ use futures::Stream;
 use tokio::net::{UnixListener, UnixStream};
 use tonic::transport::Server;
 
+use super::diff::DiffService;
+use super::proto::containerd::services::diff::v1::diff_server::DiffServer;
 use super::proto::containerd::services::snapshots::v1::snapshots_server::SnapshotsServer;
 use super::service::Service;
-use super::{Calls, Snapshotter};
+use super::{Calls, Differ, Snapshotter};
 
 /// How long to wait when the process has no descriptors left for a new connection.
 const BREATH: Duration = Duration::from_millis(100);
@@ -40,6 +42,8 @@ pub enum ServeError {
 pub struct Services {
     /// The snapshots.
     pub snapshotter: Arc<dyn Snapshotter>,
+    /// Who applies layers to them, if anybody does.
+    pub differ: Option<Arc<dyn Differ>>,
     /// Where calls are counted.
     pub calls: Arc<Calls>,
 }
@@ -78,8 +82,10 @@ pub async fn serve(
     services: Services,
     shutdown: impl Future<Output = ()> + Send,
 ) -> Result<(), ServeError> {
-    let service = SnapshotsServer::new(Service::new(services.snapshotter, services.calls));
-    let serving = Server::builder().add_service(service).serve_with_incoming_shutdown(accepted(listener), shutdown);
+    let snapshots = SnapshotsServer::new(Service::new(services.snapshotter, services.calls));
+    let diff = services.differ.map(|differ| DiffServer::new(DiffService(differ)));
+    let server = Server::builder().add_service(snapshots).add_optional_service(diff);
+    let serving = server.serve_with_incoming_shutdown(accepted(listener), shutdown);
     serving.await.map_err(ServeError::Ended)
 }
 

@@ -5,11 +5,12 @@
 
 use tonic::{Code, Status};
 
-use super::SnapshotterError;
+use super::{DifferError, SnapshotterError};
 use crate::chain::{ChainError, Unmet};
 use crate::snapshots::SnapshotsError;
 use crate::store::StoreError;
 use crate::store::records::RecordsError;
+use crate::unpack::UnpackError;
 
 impl From<SnapshotterError> for Status {
     fn from(error: SnapshotterError) -> Self {
@@ -35,6 +36,36 @@ pub(super) fn cut(error: &(dyn std::error::Error + 'static)) -> Status {
 /// True if somebody who was asked does not have it.
 pub(super) fn is_not_found(status: &Status) -> bool {
     status.code() == Code::NotFound
+}
+
+/// A layer that was not applied. Only for `Unimplemented` another differ is asked.
+pub(super) fn of_differ(error: &DifferError) -> Status {
+    let code = match error {
+        DifferError::NotOurs(_) => Code::Unimplemented,
+        DifferError::Snapshots(error) => of_snapshots(error),
+        DifferError::Unpack(error) => of_unpack(error),
+        DifferError::Layers(_) => Code::Unavailable,
+        DifferError::Broken => Code::Internal,
+    };
+    if !matches!(code, Code::Unimplemented | Code::Cancelled) {
+        let error: &dyn std::error::Error = error;
+        tracing::error!(error, "a layer is not applied");
+    }
+    Status::new(code, words(error))
+}
+
+fn of_unpack(error: &UnpackError) -> Code {
+    match error {
+        UnpackError::Fetch { .. } | UnpackError::Source { .. } | UnpackError::Read { .. } => Code::Unavailable,
+        UnpackError::Tar { .. }
+        | UnpackError::DiffId { .. }
+        | UnpackError::Misplaced { .. }
+        | UnpackError::Contradiction { .. }
+        | UnpackError::Unverifiable { .. } => Code::FailedPrecondition,
+        UnpackError::Store { source, .. } => of_store(source),
+        UnpackError::Full { .. } => Code::ResourceExhausted,
+        UnpackError::Abandoned { .. } => Code::Cancelled,
+    }
 }
 
 pub(super) fn code(error: &SnapshotterError) -> Code {

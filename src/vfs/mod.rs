@@ -20,7 +20,6 @@ mod forest;
 mod layer;
 mod numbers;
 mod open;
-mod raw;
 mod served;
 mod slots;
 #[cfg(test)]

@@ -83,7 +83,7 @@ pub(crate) fn converted(stack: &Stack) -> Vec<Vec<u8>> {
 }
 
 /// What is compared: all but link counts, and the sizes and links of directories.
-fn comparable(listing: Listing) -> Listing {
+pub(crate) fn comparable(listing: Listing) -> Listing {
     let mut listing = listing.without_directory_sizes().without_directory_links();
     for node in listing.nodes.values_mut() {
         if node.attributes.kind != FileKind::Directory {

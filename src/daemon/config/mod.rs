@@ -194,8 +194,6 @@ pub struct RegistryConfig {
 pub struct CredentialSettings {
     /// Whether the image service of CRI is passed on to containerd, to see what kubelets pull with.
     pub cri_proxy: bool,
-    /// The socket it is passed on to.
-    pub cri_upstream: PathBuf,
     /// A kubeconfig that may list and watch secrets, if there is one.
     pub kubeconfig: Option<PathBuf>,
     /// The namespaces whose secrets count; none is all.
@@ -246,6 +244,8 @@ pub struct ContainerdSettings {
     pub socket: PathBuf,
     /// Where its own services are.
     pub address: PathBuf,
+    /// Its directory of blobs.
+    pub content: PathBuf,
     /// Major and minor version; none is asked from containerd.
     pub version: Option<(u32, u32)>,
     /// Whether layers that can be read before they are here are answered without being downloaded.
@@ -386,6 +386,9 @@ impl Config {
                 enabled: containerd.enabled.unwrap_or(surroundings.is_root),
                 socket: containerd.socket.unwrap_or_else(|| run.join("headstart.sock")),
                 address: containerd.address.unwrap_or_else(|| "/run/containerd/containerd.sock".into()),
+                content: containerd
+                    .content
+                    .unwrap_or_else(|| "/var/lib/containerd/io.containerd.content.v1.content".into()),
                 version,
                 lazy: containerd.lazy.unwrap_or(true),
                 trust_labels: containerd.trust_labels.unwrap_or(false),
@@ -410,9 +413,6 @@ impl Config {
             },
             credentials: CredentialSettings {
                 cri_proxy: credentials.cri_proxy.unwrap_or(false),
-                cri_upstream: credentials
-                    .cri_upstream
-                    .unwrap_or_else(|| PathBuf::from("/run/containerd/containerd.sock")),
                 kubeconfig: credentials.kubeconfig.filter(|path| !path.as_os_str().is_empty()),
                 namespaces: credentials.namespaces.unwrap_or_default(),
             },
@@ -503,12 +503,12 @@ mod tests {
     fn every_said_value_counts() {
         let config = parse(
             "root = '/r'\nrun = '/n'\nlog_level = 'debug'\n[registry]\ndocker_config = '/d'\ncerts_d = []\nconnect_timeout = '1s'\n\
-             response_timeout = '2s'\nidle_timeout = '3s'\ndeadline = '4m'\nrounds = 6\n[credentials]\ncri_proxy = true\ncri_upstream = '/c'\nkubeconfig = '/k'\nnamespaces = ['a', 'b-1']\n[fetch]\nmemory = '7MiB'\n\
+             response_timeout = '2s'\nidle_timeout = '3s'\ndeadline = '4m'\nrounds = 6\n[credentials]\ncri_proxy = true\nkubeconfig = '/k'\nnamespaces = ['a', 'b-1']\n[fetch]\nmemory = '7MiB'\n\
              connections = 8\ndeadline = '9ms'\nread_ahead = '10kB'\n[fill]\n\
              enabled = false\nstart_delay = '13s'\nbandwidth = '14MB'\nconnections = 15\n[store]\nsync_interval = '11h'\nquota = '16GiB'\n\
              reserve = '17kB'\n[daemon]\n\
              metrics_listen = '127.0.0.1:9'\nstop_timeout = '12s'\n[containerd]\nenabled = false\nsocket = '/s'\n\
-             address = '/a'\nversion = '2.4.0-beta.0'\nlazy = false\ntrust_labels = true\ndriver = 'fuse'\nfill = false\nprepare_timeout = '18s'\n\
+             address = '/a'\ncontent = '/b'\nversion = '2.4.0-beta.0'\nlazy = false\ntrust_labels = true\ndriver = 'fuse'\nfill = false\nprepare_timeout = '18s'\n\
              sync = true\n",
         )
         .unwrap();
@@ -527,7 +527,6 @@ mod tests {
             },
             credentials: CredentialSettings {
                 cri_proxy: true,
-                cri_upstream: "/c".into(),
                 kubeconfig: Some("/k".into()),
                 namespaces: vec!["a".to_owned(), "b-1".to_owned()],
             },
@@ -554,6 +553,7 @@ mod tests {
                 enabled: false,
                 socket: "/s".into(),
                 address: "/a".into(),
+                content: "/b".into(),
                 version: Some((2, 4)),
                 lazy: false,
                 trust_labels: true,

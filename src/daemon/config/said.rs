@@ -14,7 +14,7 @@ pub(super) const KEYS: &[(&str, &[&str])] = &[
         "registry",
         &["docker_config", "certs_d", "connect_timeout", "response_timeout", "idle_timeout", "deadline", "rounds"],
     ),
-    ("credentials", &["cri_proxy", "cri_upstream", "kubeconfig", "namespaces"]),
+    ("credentials", &["cri_proxy", "kubeconfig", "namespaces"]),
     ("fetch", &["memory", "connections", "deadline", "read_ahead"]),
     ("fill", &["enabled", "start_delay", "bandwidth", "connections"]),
     ("store", &["sync_interval", "quota", "reserve"]),
@@ -25,6 +25,7 @@ pub(super) const KEYS: &[(&str, &[&str])] = &[
             "enabled",
             "socket",
             "address",
+            "content",
             "version",
             "lazy",
             "trust_labels",
@@ -63,6 +64,7 @@ pub(super) struct SaidContainerd {
     pub(super) enabled: Option<bool>,
     pub(super) socket: Option<PathBuf>,
     pub(super) address: Option<PathBuf>,
+    pub(super) content: Option<PathBuf>,
     pub(super) version: Option<String>,
     pub(super) lazy: Option<bool>,
     pub(super) trust_labels: Option<bool>,
@@ -86,7 +88,6 @@ pub(super) struct SaidRegistry {
 #[derive(Debug, Default, Deserialize)]
 pub(super) struct SaidCredentials {
     pub(super) cri_proxy: Option<bool>,
-    pub(super) cri_upstream: Option<PathBuf>,
     pub(super) kubeconfig: Option<PathBuf>,
     pub(super) namespaces: Option<Vec<String>>,
 }

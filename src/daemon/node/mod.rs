@@ -14,6 +14,7 @@
 //!
 //! Refuses to know which layers can be served and how they are shown: see [`layers`].
 
+pub mod diff;
 pub mod layers;
 pub(crate) mod lazy;
 mod links;
@@ -80,6 +81,7 @@ struct Inner {
     runtime: Handle,
     /// Layers that are shown, by number. Never locked while somebody waits for anything.
     shown: Mutex<BTreeMap<LayerSlot, Arc<Shown>>>,
+    applies: diff::Applies,
 }
 
 /// A layer that is shown. Dropping it waits for the kernel.
@@ -88,7 +90,7 @@ struct Shown {
     held: Box<dyn Held>,
     /// Ends before the layer does.
     _fill: Option<Fill>,
-    _image: Arc<LayerImage>,
+    image: Arc<LayerImage>,
 }
 
 impl Node {
@@ -115,8 +117,8 @@ impl Node {
         }
         let links = Links::new(options.links.clone());
         let kernel = Kernel::of_this_machine();
-        let shown = Mutex::default();
-        Ok(Self(Arc::new(Inner { snapshots, layers, shelves, options, links, kernel, runtime, shown })))
+        let (shown, applies) = (Mutex::default(), diff::Applies::default());
+        Ok(Self(Arc::new(Inner { snapshots, layers, shelves, options, links, kernel, runtime, shown, applies })))
     }
 
     /// Shows the layers of all snapshots that containerd knows, from what was kept. What cannot be shown is logged.
@@ -263,7 +265,7 @@ impl Inner {
             }
         });
         let fill = self.options.fill.map(|options| Fill::start(&self.runtime, std::slice::from_ref(image), options));
-        let fresh = Arc::new(Shown { held, _fill: fill, _image: Arc::clone(image) });
+        let fresh = Arc::new(Shown { held, _fill: fill, image: Arc::clone(image) });
         // Whoever was faster has the same directory.
         let kept = Arc::clone(self.shown().entry(slot).or_insert_with(|| Arc::clone(&fresh)));
         Ok(kept)
@@ -529,7 +531,15 @@ impl Snapshotter for Node {
     }
 
     async fn remove(&self, key: String) -> Result<(), SnapshotterError> {
-        self.blocking(move |inner| inner.remove(&key)).await?;
+        self.blocking(move |inner| {
+            let before = inner.snapshots.stat(&key).ok();
+            inner.remove(&key)?;
+            if let Some(before) = before.filter(|of| of.kind == Kind::Active) {
+                inner.applies.gone(&before);
+            }
+            Ok(())
+        })
+        .await?;
         self.tidy();
         Ok(())
     }

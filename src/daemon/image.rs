@@ -17,7 +17,7 @@ use super::config::Config as Settings;
 use super::logins::Sources;
 use super::recorder::PATIENCE;
 use crate::fetch::{FetchConfig, FetchError, Fetcher, LayerImage, Room};
-use crate::model::{BlobDigest, ByteRange, ChainId, DiffId, ReadAt, ReadAtError};
+use crate::model::{BlobDigest, ByteRange, ReadAt, ReadAtError};
 use crate::oci::{
     self, Descriptor, Document, ImagePlan, LayerPlan, LayoutImage, Manifest, PlanError, Platform, Prefer, Reference,
     StackedLayer,
@@ -413,18 +413,14 @@ impl Documents {
 }
 
 impl OpenImage {
-    /// What the layers of the stack claim to be and where they come from, the lowest first; none if one of them is more
-    /// than a single blob. What a tar layer became depends on those below it, so it goes by its ChainID.
-    pub fn single_blobs(&self) -> Option<Vec<(DiffId, BlobDigest)>> {
-        if self.plan.layers.is_empty() {
-            let chain = ChainId::of_stack(&self.plan.diff_ids);
-            return Some(chain.iter().zip(&self.layers).map(|(id, layer)| (DiffId(id.0), *layer.blob())).collect());
-        }
-        let single = |stacked: &StackedLayer| {
-            let layer = self.plan.layers.get(stacked.layer)?;
-            stacked.devices.is_empty().then_some((layer.diff_id, layer.blob))
-        };
-        self.plan.stack.iter().map(single).collect()
+    /// The layers that are stacked, the lowest first.
+    pub fn stack(&self) -> impl Iterator<Item = &Arc<LayerImage>> {
+        self.plan.stack.iter().filter_map(|stacked| self.layers.get(stacked.layer))
+    }
+
+    /// True if each layer of the stack is a single blob.
+    pub fn is_of_single_blobs(&self) -> bool {
+        self.plan.stack.iter().all(|stacked| stacked.devices.is_empty())
     }
 
     /// The merged file system, when the superblocks have come.

@@ -227,12 +227,12 @@ fn daemon(config: &Config, whereabouts: &Whereabouts, runtime: &Handle) -> Daemo
         control,
         snapshotter_socket: whereabouts.snapshotter_socket.clone(),
         snapshotter,
-        leftovers: leftovers(&config.root),
+        leftovers: leftovers(&config.root, &config.run),
     }
 }
 
-fn leftovers(root: &Path) -> Vec<String> {
-    let left = left_behind(root).unwrap_or_default().into_iter().flat_map(|(_, left)| left);
+fn leftovers(root: &Path, run: &Path) -> Vec<String> {
+    let left = left_behind(root, run).unwrap_or_default().into_iter().flat_map(|(_, left)| left);
     let mut words: Vec<String> = left.map(|left| left.to_string()).collect();
     let dead = Mounts::look(root).unwrap_or_default().into_iter().filter(|entry| !entry.alive);
     words.extend(dead.map(|entry| format!("the mount on {}", entry.record.mount_point.display())));

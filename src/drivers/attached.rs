@@ -1,4 +1,5 @@
-//! One layer, mounted by the kernel: on a loop device whose file can be exchanged, or straight on its complete file.
+//! One layer, mounted by the kernel: on a loop device whose file can be exchanged, straight on its complete file, or as a
+//! directory that somebody else shows.
 
 use std::fs::{self, DirBuilder, File};
 use std::io;
@@ -9,10 +10,11 @@ use std::time::SystemTime;
 
 use super::error::in_one_line;
 use super::{DriverError, LayerBacking, RunDirectory};
-use crate::model::DiffId;
+use crate::chain::LayerId;
+use crate::model::{Algorithm, DiffId, Digest};
 use crate::sys::loopdev::{LoopDevice, LoopError};
 use crate::sys::mount::{Unmount, unmount};
-use crate::sys::stack::mount_erofs;
+use crate::sys::stack::{mount_bind, mount_erofs};
 
 /// What the kernel reads a layer from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,16 +23,20 @@ pub enum Backing {
     Lazy,
     /// The complete file, since then.
     Local(SystemTime),
+    /// Nothing: the directory is shown by somebody else.
+    Tree,
 }
 
 /// How a layer stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LayerReport {
+    /// Its number at its owner.
+    pub number: u32,
     /// Which layer.
     pub diff_id: DiffId,
     /// What the kernel reads.
     pub backing: Backing,
-    /// The file.
+    /// The file, or the directory that is shown.
     pub file: PathBuf,
     /// Number of the loop device, if there is one.
     pub device: Option<u32>,
@@ -43,15 +49,39 @@ pub struct LayerReport {
 /// A mounted layer. Unmounted when it is dropped, which waits for no reader.
 #[derive(Debug)]
 pub(super) struct Attached {
-    diff_id: DiffId,
+    number: u32,
+    id: LayerId,
     size: u64,
     mount_point: PathBuf,
     device: Option<LoopDevice>,
     /// Held over the calls of an exchange, so that there is one at a time. Taken before `state`.
     exchange: Mutex<()>,
     state: Mutex<State>,
+    /// Held while something is mounted on its directory or taken away from it.
+    ground: Arc<Mutex<()>>,
     /// The last to go.
     _run: Arc<RunDirectory>,
+}
+
+/// A layer that stays mounted as long as this or a copy of it is there.
+#[derive(Debug, Clone)]
+pub struct HeldLayer(pub(super) Arc<Attached>);
+
+impl HeldLayer {
+    /// Its number at its owner.
+    pub fn number(&self) -> u32 {
+        self.0.number
+    }
+
+    /// Where it is mounted.
+    pub fn path(&self) -> &Path {
+        &self.0.mount_point
+    }
+
+    /// How it stands.
+    pub fn report(&self) -> LayerReport {
+        self.0.report()
+    }
 }
 
 #[derive(Debug)]
@@ -72,50 +102,61 @@ pub(super) struct Manner {
 }
 
 impl Attached {
-    /// Mounts `layer` in `run` under `name`. Blocks as long as a lazy file does.
+    /// Mounts `layer` in `run`. Blocks as long as a lazy file does. Nobody else holds `ground`.
     pub(super) fn new(
         layer: &LayerBacking,
         run: Arc<RunDirectory>,
-        name: &str,
+        ground: Arc<Mutex<()>>,
         manner: &Manner,
     ) -> Result<Self, DriverError> {
-        let (path, backing) = match (&layer.local, &layer.lazy) {
-            (Some(path), _) => (path, Backing::Local(SystemTime::now())),
-            (None, Some(path)) => (path, Backing::Lazy),
-            (None, None) => return Err(DriverError::NoFile(layer.diff_id)),
-        };
-        let (file, path) = open_layer(layer.diff_id, layer.size, path)?;
-        let directory = Directory::make(run.layers().join(name))?;
-        let state = State { backing, file: path.clone(), direct_io: false, failure: None };
-        let device = match layer.local.is_some() && mount_erofs(&path, &directory.0).is_ok() {
-            true => None,
-            // An image that the kernel refuses as a file is refused on a device too, with a reason that is worth telling.
-            false => Some(on_device(layer, &file, &path, &directory.0, manner)?),
+        let directory = || Directory::make(run.layer(layer.number));
+        let (mount_point, device, backing, file, opened) = match (&layer.local, &layer.lazy, &layer.tree) {
+            (Some(path), ..) => {
+                let (file, path) = open_layer(layer.id.diff_id, layer.size, path)?;
+                let directory = directory()?;
+                let device = match mount_erofs(&path, &directory.0) {
+                    Ok(()) => None,
+                    // An image that the kernel refuses as a file is refused on a device too, with a reason that is worth
+                    // telling.
+                    Err(_) => Some(on_device(layer, &file, &path, &directory.0, manner)?),
+                };
+                (directory.keep(), device, Backing::Local(SystemTime::now()), path, Some(file))
+            }
+            (None, Some(path), _) => {
+                let (file, path) = open_layer(layer.id.diff_id, layer.size, path)?;
+                let directory = directory()?;
+                let device = on_device(layer, &file, &path, &directory.0, manner)?;
+                (directory.keep(), Some(device), Backing::Lazy, path, None)
+            }
+            (None, None, Some(tree)) => {
+                let directory = directory()?;
+                mount_bind(tree, &directory.0).map_err(DriverError::Stack)?;
+                (directory.keep(), None, Backing::Tree, tree.clone(), None)
+            }
+            (None, None, None) => return Err(DriverError::NoFile(layer.id.diff_id)),
         };
         let attached = Self {
-            diff_id: layer.diff_id,
+            number: layer.number,
+            id: layer.id.clone(),
             size: layer.size,
-            mount_point: directory.keep(),
+            mount_point,
             device,
             exchange: Mutex::new(()),
-            state: Mutex::new(state),
+            state: Mutex::new(State { backing, file, direct_io: false, failure: None }),
+            ground,
             _run: run,
         };
-        if layer.local.is_some() && manner.direct_io {
+        if let Some(file) = opened.filter(|_| manner.direct_io) {
             attached.switch_to_direct_io(&file);
         }
         Ok(attached)
     }
 
-    /// Where it is mounted.
-    pub(super) fn mount_point(&self) -> &Path {
-        &self.mount_point
-    }
-
     pub(super) fn report(&self) -> LayerReport {
         let state = self.state();
         LayerReport {
-            diff_id: self.diff_id,
+            number: self.number,
+            diff_id: self.id.diff_id,
             backing: state.backing,
             file: state.file.clone(),
             device: self.device.as_ref().map(LoopDevice::number),
@@ -124,12 +165,12 @@ impl Attached {
         }
     }
 
-    /// Lets the kernel read the file at `path` from now on, which holds the same bytes. Of a layer that is mounted on its
-    /// complete file nothing changes.
+    /// Lets the kernel read the file at `path` from now on, which holds the same bytes. Of a layer that has no device nothing
+    /// changes.
     pub(super) fn exchange(&self, path: &Path, backing: Backing, direct_io: bool) -> Result<(), DriverError> {
         let Some(device) = &self.device else { return Ok(()) };
         let _one = self.exchange.lock().unwrap_or_else(PoisonError::into_inner);
-        let failed = |source| DriverError::Loop { diff_id: self.diff_id, source };
+        let failed = |source| DriverError::Loop { diff_id: self.id.diff_id, source };
         {
             // Whoever came first has done it.
             let state = self.state();
@@ -138,7 +179,7 @@ impl Attached {
                 return Ok(());
             }
         }
-        let exchanged = open_layer(self.diff_id, self.size, path).and_then(|(file, path)| {
+        let exchanged = open_layer(self.id.diff_id, self.size, path).and_then(|(file, path)| {
             if self.state().direct_io {
                 device.set_direct_io(false).map_err(failed)?;
                 self.state().direct_io = false;
@@ -161,7 +202,7 @@ impl Attached {
         if direct_io {
             self.switch_to_direct_io(&file);
         }
-        tracing::debug!(layer = %self.diff_id, from = %before.display(), device = device.number(), "layer changed hands");
+        tracing::debug!(layer = %self.id.diff_id, from = %before.display(), device = device.number(), "layer changed hands");
         Ok(())
     }
 
@@ -173,7 +214,7 @@ impl Attached {
         let switched = switched.and_then(|()| device.set_direct_io(true).map_err(|error| in_one_line(&error)));
         match switched {
             Ok(()) => self.state().direct_io = true,
-            Err(error) => tracing::debug!(layer = %self.diff_id, error, "the loop device stays without direct I/O"),
+            Err(error) => tracing::debug!(layer = %self.id.diff_id, error, "the loop device stays without direct I/O"),
         }
     }
 
@@ -184,9 +225,11 @@ impl Attached {
 
 impl Drop for Attached {
     fn drop(&mut self) {
+        // Whoever mounts the layer again waits until its directory is free.
+        let _one = self.ground.lock().unwrap_or_else(PoisonError::into_inner);
         let gone = unmount(&self.mount_point, Unmount::Lazy).map_err(io::Error::other);
         if let Err(error) = gone.and_then(|()| fs::remove_dir(&self.mount_point)) {
-            tracing::warn!(layer = %self.diff_id, %error, "the mount of a layer stays behind");
+            tracing::warn!(layer = %self.id, %error, "the mount of a layer stays behind");
         }
     }
 }
@@ -210,15 +253,20 @@ fn on_device(
     manner: &Manner,
 ) -> Result<LoopDevice, DriverError> {
     if !layer.size.is_multiple_of(512) {
-        return Err(DriverError::Uneven { diff_id: layer.diff_id, size: layer.size });
+        return Err(DriverError::Uneven { diff_id: layer.id.diff_id, size: layer.size });
     }
-    let id = layer.diff_id.0.hex();
-    let label = format!("{}:{}", manner.label, id.get(..16).unwrap_or(&id));
-    let device = LoopDevice::attach(file, path, &label)
-        .map_err(|source: LoopError| DriverError::Loop { diff_id: layer.diff_id, source })?;
+    let device = LoopDevice::attach(file, path, &label(&layer.id, manner))
+        .map_err(|source: LoopError| DriverError::Loop { diff_id: layer.id.diff_id, source })?;
     mount_erofs(device.node(), mount_point)
-        .map_err(|source| DriverError::Refused { diff_id: layer.diff_id, source })?;
+        .map_err(|source| DriverError::Refused { diff_id: layer.id.diff_id, source })?;
     Ok(device)
+}
+
+/// What a layer's loop device is called: another name for every layer, also for those of one diffID.
+fn label(id: &LayerId, manner: &Manner) -> String {
+    let LayerId { diff_id, blob, anchor } = id;
+    let hash = Digest::of(Algorithm::Sha256, format!("{diff_id} {blob} {anchor}").as_bytes()).hex();
+    format!("{}:{}", manner.label, hash.get(..16).unwrap_or(&hash))
 }
 
 /// A new directory, removed again unless it is kept.

@@ -94,7 +94,7 @@ impl From<&super::LayerBacking> for LayerFacts {
         // A file of any size can be mounted; a device has whole sectors.
         let uneven = !local && !layer.size.is_multiple_of(512);
         let obstacle = uneven.then(|| format!("its {} bytes are no multiple of 512", layer.size));
-        Self { diff_id: layer.diff_id, local, lazy, obstacle }
+        Self { diff_id: layer.id.diff_id, local, lazy, obstacle }
     }
 }
 
@@ -102,7 +102,8 @@ impl From<&super::LayerBacking> for LayerFacts {
 mod tests {
     use super::super::{Capability, DriverError};
     use super::*;
-    use crate::model::{Algorithm, Digest};
+    use crate::chain::LayerId;
+    use crate::model::{Algorithm, BlobDigest, Digest};
 
     fn no(reason: &str) -> Capability {
         Capability::missing(reason)
@@ -171,11 +172,12 @@ mod tests {
         let diff_id = layer(true, true, None).diff_id;
         let backing = |size, lazy: Option<&str>, local: Option<&str>| {
             let layer = super::super::LayerBacking {
-                diff_id,
-                source: 0,
+                number: 1,
+                id: LayerId { diff_id, blob: BlobDigest(diff_id.0), anchor: "whole".to_owned() },
                 size,
                 lazy: lazy.map(Into::into),
                 local: local.map(Into::into),
+                tree: None,
             };
             LayerFacts::from(&layer)
         };

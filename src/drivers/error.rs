@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::chain::LayerId;
 use crate::model::DiffId;
 use crate::sys::loopdev::LoopError;
 use crate::sys::mount::MountError;
@@ -64,12 +65,22 @@ pub enum DriverError {
         /// The layer's size.
         size: u64,
     },
-    /// Neither a lazy nor a complete file was given.
+    /// Neither a file nor a directory was given.
     #[error("there is no file that holds layer {0}")]
     NoFile(DiffId),
-    /// No stack shows the layer.
-    #[error("layer {0} is not mounted")]
-    NotMounted(DiffId),
+    /// Nobody holds the layer of this number.
+    #[error("layer number {0} is not mounted")]
+    NotMounted(u32),
+    /// The number is that of another layer.
+    #[error("cannot give number {number} to layer {id}: layer {taken_by} has it")]
+    Taken {
+        /// The number.
+        number: u32,
+        /// Who wanted it.
+        id: Box<LayerId>,
+        /// Who has it.
+        taken_by: Box<LayerId>,
+    },
     /// Another owner lives.
     #[error("{0} belongs to a process that lives")]
     Owned(PathBuf),

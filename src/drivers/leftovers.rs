@@ -259,15 +259,15 @@ mod tests {
         let other = overlay_source(Path::new("/run/other"));
         let table = [
             entry("fuse.headstart", "daemon", "/run/headstart/fs"),
-            entry("erofs", "/dev/loop3", "/run/headstart/layers/a-0"),
-            entry("erofs", "/dev/loop4", "/run/headstart/layers/b-1"),
-            entry("erofs", "/dev/loop9", "/run/headstartling/layers/b-1"),
+            entry("erofs", "/dev/loop3", "/run/headstart/l/a-0"),
+            entry("erofs", "/dev/loop4", "/run/headstart/l/b-1"),
+            entry("erofs", "/dev/loop9", "/run/headstartling/l/b-1"),
             entry("erofs", "/dev/loop8", "/mnt"),
             entry("overlay", &source, "/c/1"),
             entry("overlay", &other, "/c/2"),
             entry("overlay", "overlay", "/c/3"),
             entry("overlay", &source, "/c/4"),
-            entry("tmpfs", "tmpfs", "/run/headstart/layers/c"),
+            entry("tmpfs", "tmpfs", "/run/headstart/l/c"),
             entry("fuse.headstart", "image", "/c/5"),
         ];
         let device = |number, backing: &str, label: &str| LabelledLoop {
@@ -287,8 +287,8 @@ mod tests {
             [
                 Leftover::Overlay { path: path("/c/4") },
                 Leftover::Overlay { path: path("/c/1") },
-                Leftover::Erofs { path: path("/run/headstart/layers/b-1") },
-                Leftover::Erofs { path: path("/run/headstart/layers/a-0") },
+                Leftover::Erofs { path: path("/run/headstart/l/b-1") },
+                Leftover::Erofs { path: path("/run/headstart/l/a-0") },
                 Leftover::Loop { number: 3, backing: path("/run/headstart/fs/layers/a") },
                 Leftover::Loop { number: 4, backing: path("/layers/b") },
                 Leftover::Fuse { path: path("/run/headstart/fs") },
@@ -308,7 +308,7 @@ mod tests {
         drop(run);
         assert!(!path.exists());
         // What is left of one that was killed.
-        fs::create_dir_all(path.join("layers/a")).unwrap();
+        fs::create_dir_all(path.join("l/a")).unwrap();
         fs::write(path.join("owner"), "").unwrap();
         let directory = Leftover::Directory { path: path.clone() };
         assert_eq!(look(&path).unwrap(), Some(vec![directory.clone()]));

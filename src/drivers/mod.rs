@@ -7,7 +7,7 @@
 //! | `local` | kernel EROFS on the complete file, overlayfs over all layers |
 //!
 //! [`choose`] says which it will be and why, from what the machine can ([`Capabilities`]) and how far the layers are.
-//! [`KernelMounts`] does it: each layer is mounted once, whatever number of stacks shows it. When a lazy layer is
+//! [`KernelMounts`] does it: each layer is mounted once ([`KernelMounts::hold`]), whatever number of stacks shows it. When a lazy layer is
 //! complete, [`KernelMounts::hand_over`] exchanges the file behind its loop device under the live mounts; from then on
 //! nothing that reads it needs the server of the lazy file.
 //!
@@ -32,9 +32,9 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::model::DiffId;
+use crate::chain::LayerId;
 
-pub use attached::{Backing, LayerReport};
+pub use attached::{Backing, HeldLayer, LayerReport};
 pub use capabilities::{Capabilities, Capability};
 pub use choice::{Choice, LayerFacts, choose};
 pub use error::DriverError;
@@ -103,20 +103,23 @@ impl FromStr for Wanted {
     }
 }
 
-/// A layer image and the files that hold it. One of them is needed at least; the complete one is preferred.
+/// A layer image and the files that hold it. One of them is needed at least; the complete one is preferred to the lazy
+/// one, and that one to the directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LayerBacking {
-    /// Which layer it claims to be.
-    pub diff_id: DiffId,
-    /// Where its bytes come from: two layers are the same only if this is too. A diffID is a claim until all of a layer has
-    /// been seen, and no stack must show what somebody else claims.
-    pub source: u64,
+    /// What its owner calls it: two layers are the same only if this is, and it names the directory of the mount.
+    pub number: u32,
+    /// Which layer it is. A diffID alone is a claim until all of a layer has been seen, and no stack must show what somebody
+    /// else claims.
+    pub id: LayerId,
     /// Size of the image in bytes.
     pub size: u64,
     /// A file that is complete to its readers and filled as they read: one in `layers/` of the FUSE server.
     pub lazy: Option<PathBuf>,
     /// A file that holds all of the image, verified. Its owner keeps it as long as it may be mounted.
     pub local: Option<PathBuf>,
+    /// A directory that shows what is in the image, for a kernel that cannot read it itself.
+    pub tree: Option<PathBuf>,
 }
 
 #[cfg(test)]

@@ -2,15 +2,14 @@
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
-use super::attached::{Attached, Backing, LayerReport, Manner};
+use super::attached::{Attached, Backing, HeldLayer, LayerReport, Manner};
 use super::run::RunDirectory;
-use super::timely::{start, within};
+use super::timely::{Started, start, within};
 use super::{DriverError, LayerBacking};
-use crate::model::DiffId;
+use crate::chain::LayerId;
 use crate::sys::mount::{MountError, Unmount, mount_table, unmount, writable_layer};
 use crate::sys::stack::{OverlayMount, mount_overlay};
 
@@ -24,19 +23,24 @@ struct Inner {
     patience: Duration,
     manner: Manner,
     /// Never held over a system call.
-    slots: Mutex<HashMap<(DiffId, u64), Arc<Slot>>>,
-    /// Gives every mount of a layer a directory of its own.
-    count: AtomicU64,
+    slots: Mutex<HashMap<u32, Arc<Slot>>>,
 }
 
-/// Where a layer is mounted, if it is. Held over the mounting, so that whoever comes second finds it mounted.
-type Slot = Mutex<Weak<Attached>>;
+/// A number, and what is mounted under it.
+#[derive(Debug)]
+struct Slot {
+    id: LayerId,
+    /// Held over the mounting, so that whoever comes second finds it mounted.
+    place: Mutex<Weak<Attached>>,
+    /// Held over the mounting and the unmounting. Taken after `place`.
+    ground: Arc<Mutex<()>>,
+}
 
 /// A stack that is mounted; unmounted when it is dropped, though files in it may be open for longer.
 #[derive(Debug)]
 pub struct Presented {
     target: PathBuf,
-    layers: Vec<Arc<Attached>>,
+    layers: Vec<HeldLayer>,
     owner: Arc<Inner>,
 }
 
@@ -45,8 +49,7 @@ impl KernelMounts {
     /// their page cache.
     pub fn new(run: RunDirectory, patience: Duration, direct_io: bool) -> Self {
         let manner = Manner { label: run.source().to_owned(), direct_io };
-        let (slots, count) = (Mutex::default(), AtomicU64::new(0));
-        Self(Arc::new(Inner { run: Arc::new(run), patience, manner, slots, count }))
+        Self(Arc::new(Inner { run: Arc::new(run), patience, manner, slots: Mutex::default() }))
     }
 
     /// Stacks `layers`, the lowest first, on the directory `target`. With `writable` the stack can be written to, and the
@@ -62,59 +65,90 @@ impl KernelMounts {
     ) -> Result<Presented, DriverError> {
         let patience = self.0.patience;
         let deadline = Instant::now() + patience;
-        self.0.slots().retain(|_, slot| Arc::strong_count(slot) > 1 || is_used(slot));
-        // A layer that lies below itself adds nothing: every name it has is taken. Overlayfs would refuse it.
-        let mut seen = HashSet::new();
-        let mut topmost_first: Vec<&LayerBacking> =
-            layers.iter().rev().filter(|layer| seen.insert((layer.diff_id, layer.source))).collect();
-        let attaching = topmost_first
-            .drain(..)
-            .map(|layer| {
-                let (owner, layer) = (Arc::clone(&self.0), layer.clone());
-                start(format!("mount layer {}", layer.diff_id), move || owner.attach(&layer))
-            })
-            .collect::<Result<Vec<_>, _>>()?;
-        let attached: Vec<Arc<Attached>> = attaching
-            .into_iter()
-            .map(|attaching| attaching.wait_until(deadline, patience))
-            .collect::<Result<_, _>>()?;
-        let owner = Arc::clone(&self.0);
-        let (target, writable) = (target.to_owned(), writable.map(Path::to_owned));
-        let attempted = format!("stack the layers on {}", target.display());
-        start(attempted, move || owner.stack(attached, target, writable.as_deref()))?.wait_until(deadline, patience)
+        let held = self.hold_all(layers, deadline)?;
+        self.stack_until(&held, target, writable, deadline)
     }
 
-    /// Lets the kernel read `layer` from the complete, verified file `local`, under all live mounts of it.
+    /// Mounts a layer, or gives the mount of it that is there.
+    ///
+    /// # Errors
+    /// See [`DriverError`]; nothing is mounted then, or will not be as soon as the kernel is done.
+    pub fn hold(&self, layer: &LayerBacking) -> Result<HeldLayer, DriverError> {
+        self.0.start_attaching(layer)?.wait_until(Instant::now() + self.0.patience, self.0.patience)
+    }
+
+    fn hold_all(&self, layers: &[LayerBacking], deadline: Instant) -> Result<Vec<HeldLayer>, DriverError> {
+        let attaching: Vec<_> =
+            layers.iter().map(|layer| self.0.start_attaching(layer)).collect::<Result<_, DriverError>>()?;
+        attaching.into_iter().map(|attaching| attaching.wait_until(deadline, self.0.patience)).collect()
+    }
+
+    /// Stacks layers that are mounted, the lowest first, on the directory `target`; see [`KernelMounts::present`].
+    ///
+    /// # Errors
+    /// See [`DriverError`]; nothing is mounted then, or will not be as soon as the kernel is done.
+    pub fn stack(
+        &self,
+        layers: &[HeldLayer],
+        target: &Path,
+        writable: Option<&Path>,
+    ) -> Result<Presented, DriverError> {
+        self.stack_until(layers, target, writable, Instant::now() + self.0.patience)
+    }
+
+    fn stack_until(
+        &self,
+        layers: &[HeldLayer],
+        target: &Path,
+        writable: Option<&Path>,
+        deadline: Instant,
+    ) -> Result<Presented, DriverError> {
+        // A layer that lies below itself adds nothing: every name it has is taken. Overlayfs would refuse it.
+        let mut seen = HashSet::new();
+        let topmost_first = layers.iter().rev().filter(|layer| seen.insert(layer.number()));
+        let layers: Vec<HeldLayer> = topmost_first.cloned().collect();
+        let (owner, patience) = (Arc::clone(&self.0), self.0.patience);
+        let (target, writable) = (target.to_owned(), writable.map(Path::to_owned));
+        let attempted = format!("stack the layers on {}", target.display());
+        start(attempted, move || owner.stack(layers, target, writable.as_deref()))?.wait_until(deadline, patience)
+    }
+
+    /// Lets the kernel read a layer from the complete, verified file `local`, under all live mounts of it.
     ///
     /// # Errors
     /// See [`DriverError`]; the kernel then reads what it read before.
-    pub fn hand_over(&self, diff_id: &DiffId, source: u64, local: &Path) -> Result<(), DriverError> {
-        self.exchange(diff_id, source, local, Backing::Local(SystemTime::now()))
+    pub fn hand_over(&self, number: u32, local: &Path) -> Result<(), DriverError> {
+        self.exchange(number, local, Backing::Local(SystemTime::now()))
     }
 
     /// The way back of [`Self::hand_over`], while the server of `lazy` still stands.
     ///
     /// # Errors
     /// See [`DriverError`].
-    pub fn take_back(&self, diff_id: &DiffId, source: u64, lazy: &Path) -> Result<(), DriverError> {
-        self.exchange(diff_id, source, lazy, Backing::Lazy)
+    pub fn take_back(&self, number: u32, lazy: &Path) -> Result<(), DriverError> {
+        self.exchange(number, lazy, Backing::Lazy)
     }
 
-    fn exchange(&self, diff_id: &DiffId, source: u64, path: &Path, backing: Backing) -> Result<(), DriverError> {
-        let slot = self.0.slots().get(&(*diff_id, source)).cloned().ok_or(DriverError::NotMounted(*diff_id))?;
-        let (diff_id, path) = (*diff_id, path.to_owned());
+    fn exchange(&self, number: u32, path: &Path, backing: Backing) -> Result<(), DriverError> {
+        let slot = self.0.slots().get(&number).cloned().ok_or(DriverError::NotMounted(number))?;
+        let path = path.to_owned();
         let direct_io = self.0.manner.direct_io && backing != Backing::Lazy;
-        within(self.0.patience, format!("exchange the file of layer {diff_id}"), move || {
-            let attached = lock(&slot).upgrade().ok_or(DriverError::NotMounted(diff_id))?;
+        within(self.0.patience, format!("exchange the file of layer {}", slot.id), move || {
+            let attached = slot.attached().ok_or(DriverError::NotMounted(number))?;
             attached.exchange(&path, backing, direct_io)
         })
+    }
+
+    /// True if somebody holds the layer of this number.
+    pub fn is_held(&self, number: u32) -> bool {
+        self.0.slots().get(&number).is_some_and(|slot| slot.is_used())
     }
 
     /// How the mounted layers stand, by diffID.
     pub fn layers(&self) -> Vec<LayerReport> {
         let slots: Vec<Arc<Slot>> = self.0.slots().values().cloned().collect();
         // A slot that is held is being mounted.
-        let attached = slots.iter().filter_map(|slot| slot.try_lock().ok()?.upgrade());
+        let attached = slots.iter().filter_map(|slot| slot.place.try_lock().ok()?.upgrade());
         let mut reports: Vec<LayerReport> = attached.map(|attached| attached.report()).collect();
         reports.sort_by_key(|report| report.diff_id.to_string());
         reports
@@ -127,26 +161,43 @@ impl KernelMounts {
 }
 
 impl Inner {
-    fn slots(&self) -> MutexGuard<'_, HashMap<(DiffId, u64), Arc<Slot>>> {
+    fn slots(&self) -> MutexGuard<'_, HashMap<u32, Arc<Slot>>> {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn start_attaching(self: &Arc<Self>, layer: &LayerBacking) -> Result<Started<HeldLayer>, DriverError> {
+        let (owner, layer) = (Arc::clone(self), layer.clone());
+        start(format!("mount layer {}", layer.id), move || owner.attach(&layer).map(HeldLayer))
+    }
+
     fn attach(&self, layer: &LayerBacking) -> Result<Arc<Attached>, DriverError> {
-        let slot = Arc::clone(self.slots().entry((layer.diff_id, layer.source)).or_default());
-        let mut place = lock(&slot);
+        let slot = self.slot(layer)?;
+        let mut place = lock(&slot.place);
         if let Some(attached) = place.upgrade() {
             return Ok(attached);
         }
-        let id = layer.diff_id.0.hex();
-        let name = format!("{}-{}", id.get(..16).unwrap_or(&id), self.count.fetch_add(1, Ordering::Relaxed));
-        let attached = Arc::new(Attached::new(layer, Arc::clone(&self.run), &name, &self.manner)?);
+        let _one = lock(&slot.ground);
+        let attached = Arc::new(Attached::new(layer, Arc::clone(&self.run), Arc::clone(&slot.ground), &self.manner)?);
         *place = Arc::downgrade(&attached);
         Ok(attached)
     }
 
+    /// The slot of a layer's number, which is its alone as long as something is mounted under it.
+    fn slot(&self, layer: &LayerBacking) -> Result<Arc<Slot>, DriverError> {
+        let mut slots = self.slots();
+        slots.retain(|_, slot| Arc::strong_count(slot) > 1 || slot.is_used());
+        let fresh = || Arc::new(Slot { id: layer.id.clone(), place: Mutex::default(), ground: Arc::default() });
+        let slot = slots.entry(layer.number).or_insert_with(fresh);
+        if slot.id != layer.id {
+            let (id, taken_by) = (Box::new(layer.id.clone()), Box::new(slot.id.clone()));
+            return Err(DriverError::Taken { number: layer.number, id, taken_by });
+        }
+        Ok(Arc::clone(slot))
+    }
+
     fn stack(
         self: Arc<Self>,
-        layers: Vec<Arc<Attached>>,
+        layers: Vec<HeldLayer>,
         target: PathBuf,
         writable: Option<&Path>,
     ) -> Result<Presented, DriverError> {
@@ -154,7 +205,7 @@ impl Inner {
             return Err(DriverError::Empty);
         }
         let writable = writable.map(writable_layer).transpose().map_err(DriverError::Stack)?;
-        let mut lowers: Vec<PathBuf> = layers.iter().map(|layer| layer.mount_point().to_owned()).collect();
+        let mut lowers: Vec<PathBuf> = layers.iter().map(|layer| layer.path().to_owned()).collect();
         // Also for a single layer: whiteouts must not show, and overlayfs wants two directories.
         if lowers.len() == 1 && writable.is_none() {
             lowers.push(self.run.empty());
@@ -166,12 +217,19 @@ impl Inner {
     }
 }
 
-fn lock(slot: &Slot) -> MutexGuard<'_, Weak<Attached>> {
-    slot.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn is_used(slot: &Slot) -> bool {
-    slot.try_lock().map_or(true, |place| place.strong_count() > 0)
+impl Slot {
+    fn attached(&self) -> Option<Arc<Attached>> {
+        lock(&self.place).upgrade()
+    }
+
+    /// True if something is mounted, is being mounted, or is being taken away.
+    fn is_used(&self) -> bool {
+        Arc::strong_count(&self.ground) > 1 || self.place.try_lock().map_or(true, |place| place.strong_count() > 0)
+    }
 }
 
 impl Presented {
@@ -187,7 +245,7 @@ impl Presented {
 
     /// True if the kernel reads all layers from complete files: nothing needs the server of the lazy ones.
     pub fn is_local(&self) -> bool {
-        self.layers.iter().all(|layer| layer.report().backing != Backing::Lazy)
+        self.layers.iter().all(|layer| matches!(layer.report().backing, Backing::Local(_)))
     }
 
     /// True if it is not mounted any more, whoever took it away.

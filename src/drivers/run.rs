@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! <run>/owner        locked as long as the owner lives
-//! <run>/layers/<id>  one EROFS mount a layer
+//! <run>/l/<number>    one mount a layer; short, because others name many of them in one page of options
 //! <run>/empty        an empty directory: overlayfs wants two lower ones
 //! ```
 //!
@@ -39,8 +39,7 @@ impl RunDirectory {
         maker.recursive(true).mode(0o700).create(path).map_err(DriverError::io("create", path))?;
         let path = path.canonicalize().map_err(DriverError::io("find", path))?;
         let owner = take(&path)?.ok_or_else(|| DriverError::Owned(path.clone()))?;
-        for name in ["layers", "empty"] {
-            let inner = path.join(name);
+        for inner in [layers(&path), path.join("empty")] {
             maker.create(&inner).map_err(DriverError::io("create", &inner))?;
         }
         Ok(Self { source: overlay_source(&path), path, _owner: owner })
@@ -70,8 +69,9 @@ impl RunDirectory {
         &self.path
     }
 
-    pub(super) fn layers(&self) -> PathBuf {
-        layers(&self.path)
+    /// The directory of the layer of this number.
+    pub(super) fn layer(&self, number: u32) -> PathBuf {
+        layers(&self.path).join(number.to_string())
     }
 
     pub(super) fn empty(&self) -> PathBuf {
@@ -135,7 +135,7 @@ pub(super) fn clear(run: &Path) -> Result<(), DriverError> {
 }
 
 pub(super) fn layers(run: &Path) -> PathBuf {
-    run.join("layers")
+    run.join("l")
 }
 
 /// What the mount table shows as the source of overlays of the owner of `run` (without links): the names of mount points

@@ -212,6 +212,16 @@ impl LayerImage {
         self.spec.diff_id
     }
 
+    /// What the image's config says that it is: of a tar, the tar's diffID.
+    pub fn claimed_diff_id(&self) -> DiffId {
+        self.tar.unwrap_or(self.spec.diff_id)
+    }
+
+    /// True if parts of it can be had; else it is read from start to end.
+    pub fn comes_in_pieces(&self) -> bool {
+        self.chunked().is_some_and(|chunked| chunked.index.len() > 0)
+    }
+
     /// What the bytes of its image are verified against.
     pub fn anchor(&self) -> Anchor {
         match &self.body {
@@ -400,7 +410,7 @@ impl LayerImage {
         };
         LayerStatus {
             blob: self.spec.blob,
-            diff_id: self.tar.unwrap_or(self.spec.diff_id),
+            diff_id: self.claimed_diff_id(),
             is_tar: self.tar.is_some(),
             state: self.state(),
             standing: self.standing.borrow().clone(),

@@ -8,13 +8,13 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use super::numbers::Sort;
-use super::{Error, Stat, Vfs};
-use crate::erofs::Nid;
+use super::{Error, Layer, Stat, Vfs};
+use crate::erofs::{DirEntry, Nid};
 use crate::model::{FileKind, ReadAt};
 use crate::overlay::{Entry, Listing, NodeId};
 
 /// Offsets 0 to 2 belong to `.`, `..` and the first real entry.
-const DOTS: u64 = 2;
+pub(super) const DOTS: u64 = 2;
 
 /// Bits of an offset that count the entries of one directory block: 64 KiB hold 5,041 entries at most (12 bytes and a
 /// name of one byte each).
@@ -132,25 +132,12 @@ impl<R: ReadAt> Vfs<R> {
         take: &mut dyn FnMut(Item<'_>) -> ControlFlow<()>,
     ) -> Result<ControlFlow<()>, Error> {
         let layer = self.overlay.layer(dir.layer)?;
-        let of_layer = |source| Error::of_layer(dir.layer, source);
-        let inode = layer.image().inode(Nid(dir.nid)).map_err(of_layer)?;
-        let mut slot = usize::try_from(position & ((1 << SLOT_BITS) - 1)).unwrap_or(usize::MAX);
-        let mut page = Some(position >> SLOT_BITS);
-        while let Some(block) = page {
-            let read = layer.image().read_dir(&inode, block).map_err(of_layer)?;
-            for (index, listed) in read.entries.iter().enumerate().skip(slot) {
-                let kind = layer.kind(listed.nid, listed.kind).map_err(of_layer)?;
-                let node = NodeId { layer: dir.layer, nid: listed.nid.0 };
-                let entry = Entry { name: listed.name.as_bytes(), node, kind, shared: false };
-                let next = (block << SLOT_BITS) + index as u64 + 1;
-                if self.hand_out(&[dir], &entry, next, take)?.is_break() {
-                    return Ok(ControlFlow::Break(()));
-                }
-            }
-            slot = 0;
-            page = read.next;
-        }
-        Ok(ControlFlow::Continue(()))
+        entries(layer, dir, position, &mut |listed, next| {
+            let kind = layer.kind(listed.nid, listed.kind).map_err(|source| Error::of_layer(dir.layer, source))?;
+            let node = NodeId { layer: dir.layer, nid: listed.nid.0 };
+            let entry = Entry { name: listed.name.as_bytes(), node, kind, shared: false };
+            self.hand_out(&[dir], &entry, next, take)
+        })
     }
 
     /// A merged directory. A position counts the candidates of its listing.
@@ -204,4 +191,29 @@ impl<R: ReadAt> Vfs<R> {
         };
         Ok(take(Item { name: entry.name, next_offset: next + DOTS, kind }))
     }
+}
+
+/// Hands the entries of a directory of one layer behind `position` (a block and an entry of it), with the position behind
+/// each, to `each` until it breaks.
+pub(super) fn entries<R: ReadAt>(
+    layer: &Layer<R>,
+    dir: NodeId,
+    position: u64,
+    each: &mut dyn FnMut(&DirEntry, u64) -> Result<ControlFlow<()>, Error>,
+) -> Result<ControlFlow<()>, Error> {
+    let of_layer = |source| Error::of_layer(dir.layer, source);
+    let inode = layer.image().inode(Nid(dir.nid)).map_err(of_layer)?;
+    let mut slot = usize::try_from(position & ((1 << SLOT_BITS) - 1)).unwrap_or(usize::MAX);
+    let mut page = Some(position >> SLOT_BITS);
+    while let Some(block) = page {
+        let read = layer.image().read_dir(&inode, block).map_err(of_layer)?;
+        for (index, listed) in read.entries.iter().enumerate().skip(slot) {
+            if each(listed, (block << SLOT_BITS) + index as u64 + 1)?.is_break() {
+                return Ok(ControlFlow::Break(()));
+            }
+        }
+        slot = 0;
+        page = read.next;
+    }
+    Ok(ControlFlow::Continue(()))
 }

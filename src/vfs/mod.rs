@@ -20,6 +20,7 @@ mod forest;
 mod layer;
 mod numbers;
 mod open;
+mod raw;
 mod served;
 mod slots;
 #[cfg(test)]

@@ -6,7 +6,7 @@
 //! and places alone: whoever gives the same slots gets the same numbers, also after a restart.
 //!
 //! ```text
-//! number - 4 = payload | slot (4, 8, 16 or 24 bits) | which of the four (2 bits) | sort (2 bits)
+//! number - 5 = payload | slot (4, 8, 16 or 24 bits) | which of the four (2 bits) | sort (2 bits)
 //! ```
 //!
 //! Few slots and small images have small numbers, so that programs with 32-bit inode numbers work on them.
@@ -21,8 +21,11 @@ pub(super) const SNAPSHOTS_INO: u64 = 2;
 /// The directory that holds the layers.
 pub(super) const LAYERS_INO: u64 = 3;
 
+/// The directory that holds the layers as they are.
+pub(super) const RAW_INO: u64 = 4;
+
 /// 0 is no inode, those below have a name.
-const FIRST: u64 = 4;
+const FIRST: u64 = 5;
 
 /// Bits of a slot. A host with a few images gets along with the first two.
 const SLOT_BITS: [u32; 4] = [4, 8, 16, 24];
@@ -36,8 +39,12 @@ const CLASS_BITS: u32 = 2;
 const FILE: u64 = 0;
 const SINGLE: u64 = 1;
 const MERGED: u64 = 2;
-/// A snapshot's root (payload 0) or a layer as a file (payload 1).
+/// A snapshot's root (payload 0), a layer as a file (payload 1), or a file of a layer that is shown as it is (its number
+/// behind those).
 const TOP: u64 = 3;
+
+/// Payloads of [`TOP`] that are no numbers of files.
+const TOPS: u64 = 2;
 
 /// What a number of a forest stands for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,6 +55,15 @@ pub(super) enum Spot {
     Snapshots,
     /// The directory of layers.
     Layers,
+    /// The directory of layers as they are.
+    RawLayers,
+    /// A file of a layer that is shown as it is.
+    Raw {
+        /// The layer's slot.
+        layer: u32,
+        /// Its number there.
+        nid: u64,
+    },
     /// A layer as a file.
     LayerFile {
         /// The layer's slot.
@@ -79,6 +95,7 @@ impl Spot {
             ROOT_INO => return Ok(Self::Root),
             SNAPSHOTS_INO => return Ok(Self::Snapshots),
             LAYERS_INO => return Ok(Self::Layers),
+            RAW_INO => return Ok(Self::RawLayers),
             _ => {}
         }
         let (sort, slot, payload) = decode(ino).ok_or(Error::NoSuchInode(ino))?;
@@ -87,7 +104,7 @@ impl Spot {
             (SINGLE | MERGED, _) => Ok(Self::Directory { snapshot: slot }),
             (_, 0) => Ok(Self::SnapshotRoot { snapshot: slot }),
             (_, 1) => Ok(Self::LayerFile { layer: slot }),
-            _ => Err(Error::NoSuchInode(ino)),
+            (_, payload) => Ok(Self::Raw { layer: slot, nid: payload - TOPS }),
         }
     }
 }
@@ -95,6 +112,11 @@ impl Spot {
 /// The number of a layer's file.
 pub(super) const fn layer_file(slot: u32) -> u64 {
     encode_small(TOP, slot, 1)
+}
+
+/// The number of a file of a layer that is shown as it is, if there is room for it.
+pub(super) fn raw_file(slot: u32, nid: u64) -> Option<u64> {
+    encode(TOP, slot, nid.checked_add(TOPS)?)
 }
 
 /// The number of a snapshot's root.
@@ -225,6 +247,8 @@ mod tests {
                 Ok(Spot::Root) => ROOT_INO,
                 Ok(Spot::Snapshots) => SNAPSHOTS_INO,
                 Ok(Spot::Layers) => LAYERS_INO,
+                Ok(Spot::RawLayers) => RAW_INO,
+                Ok(Spot::Raw { layer, nid }) => raw_file(layer, nid).unwrap(),
                 Ok(Spot::LayerFile { layer }) => layer_file(layer),
                 Ok(Spot::SnapshotRoot { snapshot }) => snapshot_root(snapshot),
                 Ok(Spot::File { layer, nid }) => {

@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::{Read as _, Write as _};
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
@@ -545,12 +545,13 @@ fn a_layer_that_claims_to_be_another_is_not_shown_in_its_place() {
     let layer = |number: usize, field: &str| status[number]["layers"][0][field].clone();
     assert_eq!(layer(0, "diff_id"), layer(1, "diff_id"));
     assert_ne!(layer(0, "digest"), layer(1, "digest"));
-    assert_eq!(status[0]["driver_why"], "asked for");
-    assert!(status[1]["driver_why"].as_str().unwrap().contains("is shown from blob"), "{}", status[1]);
-    assert_eq!(daemon.status()["connections"], 2);
+    assert_eq!(daemon.status()["connections"], 1);
     for mnt in [&a, &b] {
         assert!(fs::read(mnt.join("a")).unwrap() == content);
     }
+    // Nothing of one is taken for the other: they are two files to the kernel.
+    let ino = |mnt: &Path| fs::metadata(mnt.join("a")).unwrap().ino();
+    assert_ne!(ino(&a), ino(&b));
     daemon.end();
     stage.assert_clean();
 }

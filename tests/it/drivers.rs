@@ -10,10 +10,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use headstart::chain::LayerId;
 use headstart::drivers::{Backing, DriverError, KernelMounts, LayerBacking, Presented, RunDirectory};
 use headstart::erofs::writer::LayerRole;
 use headstart::fuse::Server;
-use headstart::model::{Algorithm, DiffId, Digest};
+use headstart::model::{Algorithm, BlobDigest, DiffId, Digest};
 use headstart::sys::loopdev::loop_devices;
 use headstart::sys::mount::{Unmount, mount_table};
 use headstart::tar::decompress::Compression;
@@ -88,7 +89,10 @@ impl Stage {
 
     fn layer(&self, number: usize) -> LayerBacking {
         let image = &self.images[number];
-        LayerBacking { diff_id: diff_id(image), source: 0, size: image.len() as u64, lazy: None, local: None }
+        let id = diff_id(image);
+        let id = LayerId { diff_id: id, blob: BlobDigest(id.0), anchor: "whole".to_owned() };
+        let number = u32::try_from(number).unwrap();
+        LayerBacking { number, id, size: image.len() as u64, lazy: None, local: None, tree: None }
     }
 
     fn lazy_layers(&self) -> Vec<LayerBacking> {
@@ -248,13 +252,12 @@ fn layers_change_hands_a_hundred_times_while_they_are_read() {
     readers.wait_for(all.len() as u64);
     let (mut longest_swap, mut swaps) = (Duration::ZERO, 0);
     for round in 0..SWAPS {
-        for number in 0..stage.images.len() {
-            let id = diff_id(&stage.images[number]);
+        for (number, layer) in (0..stage.images.len()).zip(0..) {
             let begin = Instant::now();
             if round % 2 == 0 {
-                mounts.hand_over(&id, 0, &stage.local(number)).unwrap();
+                mounts.hand_over(layer, &stage.local(number)).unwrap();
             } else {
-                mounts.take_back(&id, 0, &stage.lazy(number)).unwrap();
+                mounts.take_back(layer, &stage.lazy(number)).unwrap();
             }
             longest_swap = longest_swap.max(begin.elapsed());
             swaps += 1;
@@ -262,8 +265,8 @@ fn layers_change_hands_a_hundred_times_while_they_are_read() {
         readers.wait_for(4);
         assert_eq!(presented.is_local(), round % 2 == 0);
     }
-    for number in 0..stage.images.len() {
-        mounts.hand_over(&diff_id(&stage.images[number]), 0, &stage.local(number)).unwrap();
+    for (number, layer) in (0..stage.images.len()).zip(0..) {
+        mounts.hand_over(layer, &stage.local(number)).unwrap();
     }
     for (number, report) in presented.layers().into_iter().rev().enumerate() {
         assert_eq!(report.file, stage.local(number).canonicalize().unwrap());
@@ -318,8 +321,8 @@ fn the_server_of_lazy_files_may_be_killed_once_all_is_handed_over() {
     let presented = stage.present(&mounts, &stage.lazy_layers());
     let readers = Readers::start(presented.target(), &all, 2);
     readers.wait_for(10);
-    for number in 0..stage.images.len() {
-        mounts.hand_over(&diff_id(&stage.images[number]), 0, &stage.local(number)).unwrap();
+    for (number, layer) in (0..stage.images.len()).zip(0..) {
+        mounts.hand_over(layer, &stage.local(number)).unwrap();
     }
     assert!(presented.is_local());
     server.kill().unwrap();
@@ -426,13 +429,14 @@ fn files_that_are_no_layers_are_refused_and_leave_nothing() {
 
     // A hand-over to what is not the layer leaves it as it was.
     let presented = stage.present(&mounts, &stage.lazy_layers()[..2]);
-    let id = diff_id(&stage.images[0]);
     for wrong in [stage.local(2), stage.path("local/none"), stage.path("local")] {
-        mounts.hand_over(&id, 0, &wrong).unwrap_err();
+        mounts.hand_over(0, &wrong).unwrap_err();
         assert!(presented.layers()[1].failure.is_some());
         assert!(!presented.is_local());
     }
-    assert!(matches!(mounts.hand_over(&diff_id(b""), 0, &stage.local(0)), Err(DriverError::NotMounted(_))));
+    assert!(matches!(mounts.hand_over(7, &stage.local(0)), Err(DriverError::NotMounted(7))));
+    let other = LayerBacking { number: 0, ..stage.local_layers()[1].clone() };
+    assert!(matches!(mounts.hold(&other), Err(DriverError::Taken { number: 0, .. })));
     for (path, content) in contents(0, 2).iter().chain(&contents(1, 2)) {
         assert!(fs::read(presented.target().join(path)).unwrap() == *content);
     }

@@ -15,7 +15,7 @@ use rustix::mount::{MountFlags, UnmountFlags};
 use headstart::erofs::writer::LayerRole;
 use headstart::fuse::{ServeOptions, Server, serve};
 use headstart::model::{Algorithm, DiffId, Digest, FileKind, Name, ReadAt};
-use headstart::testkit::images::{EntryWithContent, directory, file, hard_link, image_of, symlink, whiteout};
+use headstart::testkit::images::{EntryWithContent, directory, file, hard_link, image_of, opaque, symlink, whiteout};
 use headstart::testkit::lazy::{LazyBytes, LazyLayer, Reaction};
 use headstart::testkit::tree::{Listing, pattern};
 use headstart::vfs::{
@@ -149,6 +149,30 @@ fn a_layer_behind_a_loop_device_shows_what_its_snapshot_shows() {
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .collect();
     assert_eq!(listed, layers.iter().map(|made| made.diff_id.to_string()).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_layer_as_it_is_shows_what_kernel_erofs_shows() {
+    let served = Served::start();
+    let marked = Made::new(&[opaque("etc"), directory("etc"), file("etc/a", b"marked"), whiteout("gone")]);
+    for made in two_layers().iter().chain([&marked]) {
+        let slot = served.layer(made);
+        let dir = tempfile::tempdir().unwrap();
+        let (image, target) = (dir.path().join("image"), dir.path().join("target"));
+        fs::write(&image, made.image()).unwrap();
+        fs::create_dir(&target).unwrap();
+        rustix::mount::mount(&image, &target, "erofs", MountFlags::RDONLY, None).unwrap();
+        let mounted = Mounted(target.clone());
+        let raw = served.dir.path().join("raw").join(slot.0.to_string());
+        let judged = Listing::of_directory(&target).unwrap();
+        judged.assert_equals(&Listing::of_directory(&raw).unwrap());
+        drop(mounted);
+        served.forest.remove_layer(slot).unwrap();
+        assert!(served.server.settle(LONG));
+        assert!(!raw.exists());
+        served.server.drop_unused().unwrap();
+        wait_until("the layer is gone", || !served.forest.has_layer(slot));
+    }
 }
 
 #[test]
@@ -327,7 +351,7 @@ fn only_root_sees_snapshots_and_layers() {
         let arguments = ["--reuid", id, "--regid", id, "--clear-groups", "--", "ls", path];
         std::process::Command::new("setpriv").args(arguments).output().unwrap().status.success()
     };
-    for name in ["snapshots", "layers"] {
+    for name in ["snapshots", "layers", "raw"] {
         assert!(!may(&served.dir.path().join(name)), "{name}");
     }
     rustix::mount::mount_bind(served.tree("one"), bound.path()).unwrap();
@@ -476,8 +500,18 @@ fn slots_and_names_are_given_once() {
     let refused = |result: Result<LayerSlot, ForestError>| result.unwrap_err().to_string();
     let text = refused(forest.add_layer(upper.diff_id, upper.open(), Some(slot)));
     assert_eq!(text, format!("cannot give slot 5 to layer {}: layer {} has it", upper.diff_id, lower.diff_id));
-    let text = refused(forest.add_layer(lower.diff_id, lower.open(), Some(LayerSlot(6))));
-    assert_eq!(text, format!("cannot give slot 6 to layer {}: its slot is 5", lower.diff_id));
+    // One that only claims to be the same is another layer, and shares nothing with it.
+    let twin = forest.add_layer(lower.diff_id, upper.open(), Some(LayerSlot(7))).unwrap();
+    assert_eq!(twin, LayerSlot(7));
+    let names = [slot, twin].map(|slot| forest.layer_name(slot).unwrap());
+    assert_eq!(names, [lower.diff_id.to_string(), format!("{}.7", lower.diff_id)]);
+    let inos = names.map(|name| forest.lookup(3, name.as_bytes()).unwrap().unwrap().ino);
+    assert!(inos[0] != inos[1]);
+    inos.into_iter().for_each(|ino| forest.forget(ino, 1));
+    forest.remove_layer(twin).unwrap();
+    assert!(!forest.has_layer(twin) && forest.has_layer(slot));
+    // The kernel remembers nothing of it, so another may have the slot.
+    assert_eq!(forest.add_layer(upper.diff_id, upper.open(), Some(twin)).unwrap(), twin);
     assert!(matches!(
         forest.add_layer(upper.diff_id, upper.open(), Some(LayerSlot(1 << 24))),
         Err(ForestError::NoSuchSlot(_))
@@ -499,11 +533,11 @@ fn slots_and_names_are_given_once() {
     assert!(numbers(&forest, "one").contains_key(&b"/bin/tool"[..]));
     // The kernel has looked it up once, and layers' file as often.
     forest.remove_snapshot(one).unwrap();
-    let root = 4 + (9 << 4 | 3);
+    let root = 5 + (9 << 4 | 3);
     assert!(forest.has_snapshot(one));
     forest.forget(root, 1);
     assert!(!forest.has_snapshot(one) && forest.has_layer(slot));
     assert!(matches!(forest.stat(root), Err(Error::NoSuchInode(_))));
-    forest.forget(4 + (1 << 8 | 5 << 4 | 3), 1);
+    forest.forget(5 + (1 << 8 | 5 << 4 | 3), 1);
     assert!(!forest.has_layer(slot));
 }

@@ -11,9 +11,10 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
+use headstart::chain::LayerId;
 use headstart::drivers::{KernelMounts, LayerBacking, Presented, RunDirectory};
 use headstart::fuse::{Kept, Link, LinkError, ServeOptions, Server, serve, serve_link};
-use headstart::model::{Algorithm, DiffId, Digest, Name};
+use headstart::model::{Algorithm, BlobDigest, DiffId, Digest, Name};
 use headstart::sys::descriptors::{packet_pair, receive, send};
 use headstart::sys::fuse::is_connected;
 use headstart::sys::mount::{Unmount, unmount};
@@ -159,11 +160,13 @@ impl Relay {
     fn present(&self) -> (KernelMounts, Presented) {
         let mounts = KernelMounts::new(RunDirectory::claim(&self.path("run")).unwrap(), PATIENCE, false);
         let backings: Vec<_> = (0..2)
-            .map(|layer| {
+            .zip(0..)
+            .map(|(layer, number)| {
                 let image = layer_of(&files(layer));
                 let diff_id = diff_id(&image);
-                let lazy = Some(self.path("fs/layers").join(Forest::<LazyLayer>::layer_name(&diff_id)));
-                LayerBacking { diff_id, source: 0, size: image.len() as u64, lazy, local: None }
+                let lazy = Some(self.path("fs/layers").join(diff_id.to_string()));
+                let id = LayerId { diff_id, blob: BlobDigest(diff_id.0), anchor: "whole".to_owned() };
+                LayerBacking { number, id, size: image.len() as u64, lazy, local: None, tree: None }
             })
             .collect();
         let presented = mounts.present(&backings, &self.path("mnt"), None).unwrap();

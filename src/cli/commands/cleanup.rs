@@ -29,15 +29,15 @@ struct Kept {
 }
 
 pub(crate) fn cleanup(context: &Context, arguments: &args::Cleanup) -> anyhow::Result<ExitCode> {
-    let root = &context.config.root;
+    let (root, run) = (&context.config.root, &context.config.run);
     let mut cleaned = Cleaned::default();
     if arguments.dry_run {
-        for (_, left) in left_behind(root)? {
+        for (_, left) in left_behind(root, run)? {
             cleaned.removed.extend(left.iter().map(ToString::to_string));
         }
     } else {
         let how = if arguments.lazy { Unmount::Lazy } else { Unmount::Strict };
-        let outcome = take_away_left(root, how)?;
+        let outcome = take_away_left(root, run, how)?;
         cleaned.removed.extend(outcome.removed.iter().map(ToString::to_string));
         cleaned.kept.extend(outcome.kept.into_iter().map(|(left, why)| Kept { what: left.to_string(), why }));
     }

@@ -38,14 +38,14 @@ pub(crate) fn umount(context: &Context, arguments: &args::Umount) -> anyhow::Res
                 Err(ControlError::Gone { .. }) => {}
                 Err(error) => return Err(error.into()),
             }
-            unmount_stale(&context.config.root, &mount_point, arguments.lazy, Some(&entry))
+            unmount_stale(context, &mount_point, arguments.lazy, Some(&entry))
         }
-        entry => unmount_stale(&context.config.root, &mount_point, arguments.lazy, entry.as_ref()),
+        entry => unmount_stale(context, &mount_point, arguments.lazy, entry.as_ref()),
     }
 }
 
 /// Takes away what a dead process left: its mount, then its record.
-fn unmount_stale(root: &Path, mount_point: &Path, lazy: bool, entry: Option<&Entry>) -> anyhow::Result<ExitCode> {
+fn unmount_stale(context: &Context, mount_point: &Path, lazy: bool, entry: Option<&Entry>) -> anyhow::Result<ExitCode> {
     match (kernel::is_ours(mount_point)?, entry) {
         (true, _) => serving::unmount_orphan(mount_point, lazy)?,
         (false, Some(_)) => {}
@@ -54,7 +54,7 @@ fn unmount_stale(root: &Path, mount_point: &Path, lazy: bool, entry: Option<&Ent
             return Err(Told { problem: Problem::NotFound, message }.into());
         }
     }
-    host::sweep(root);
+    host::sweep(&context.config.root);
     if let Some(entry) = entry {
         entry.clear()?;
     }

@@ -11,7 +11,7 @@ use crate::convert::ImageError;
 use crate::convert::layer::LayerError;
 use crate::daemon::browse::BrowseError;
 use crate::daemon::config::ConfigError;
-use crate::daemon::host::{Closed, NeverLocal, NoSuchMount, OtherBlob};
+use crate::daemon::host::{Closed, NeverLocal, NoSuchMount};
 use crate::daemon::image::UnsupportedData;
 use crate::daemon::ledger::LedgerError;
 use crate::daemon::mounts::MountsError;
@@ -81,7 +81,6 @@ pub(super) fn known(error: &(dyn std::error::Error + 'static)) -> Option<Problem
         DriverError => of_driver,
         UnknownDriver => |_: &UnknownDriver| Some(Problem::Usage),
         BrowseError => of_browse,
-        OtherBlob => |_: &OtherBlob| Some(Problem::Unreachable),
         vfs::ForestError => of_forest,
         Closed => |_: &Closed| Some(Problem::Unreachable),
         PlaceError => of_place,
@@ -435,7 +434,6 @@ fn of_forest(error: &vfs::ForestError) -> Option<Problem> {
         Forest::Full => Some(Problem::Local),
         Forest::NameTaken(_)
         | Forest::SlotTaken { .. }
-        | Forest::OtherSlot { .. }
         | Forest::NoSuchSlot(_)
         | Forest::NoSuchLayer(_)
         | Forest::NoSuchSnapshot(_) => Some(Problem::Internal),
@@ -495,7 +493,7 @@ fn of_driver(error: &DriverError) -> Option<Problem> {
         DriverError::Refused { source, .. } | DriverError::Stack(source) => of_mount(source),
         DriverError::Size { .. } => Problem::Corrupt,
         DriverError::Empty | DriverError::Uneven { .. } => Problem::Unsupported,
-        DriverError::Owned(_) => Problem::MountPoint,
+        DriverError::Owned(_) | DriverError::Taken { .. } => Problem::MountPoint,
         DriverError::Io { source, .. } => of_io(source),
     })
 }

@@ -1,19 +1,21 @@
-//! The daemon's one FUSE connection, and the images that are shown from it.
+//! A FUSE connection of this process, and what is shown from it. The daemon has one for everything.
 //!
 //! ```text
 //! <run>/fs/snapshots/<number>/   a mounted image, bound to its mount point
-//! <run>/fs/layers/<diffid>       a layer as one file
+//! <run>/fs/layers/<diffid>       a layer as one file, for the kernel to mount
+//! <run>/fs/raw/<number>/         a layer as it is, for overlayfs to merge
 //! ```
 //!
-//! Images that share layers share the kernel's pages of them. A layer is shared only if it comes from the same blob: a diffID
-//! is a claim of the image's config until all of the layer is here, and an image must not be shown what another one claims.
+//! Images that share layers share the kernel's pages of them. Layers go by numbers, which whoever lists them gives: layers
+//! that only claim to be the same have different ones, because a diffID is a claim of the image's config until all of the
+//! layer is here, and an image must not be shown what another one claims.
 
-use std::collections::HashMap;
 use std::fmt;
 use std::fs;
+use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -23,9 +25,10 @@ use tokio::sync::watch;
 
 use super::lookout::Watch;
 use super::shown::{Driver, Shown};
+use crate::chain::MAX_SNAPSHOT_SLOT;
 use crate::daemon::image::Lazy;
 use crate::fuse;
-use crate::model::{BlobDigest, DiffId, Name};
+use crate::model::{DiffId, Name};
 use crate::sys::fuse::MOUNT_KIND;
 use crate::sys::mount::{self, MountEntry, MountError, Unmount};
 use crate::sys::stack::mount_bind;
@@ -35,19 +38,39 @@ use crate::vfs::{Forest, Layer, LayerSlot, SnapshotSlot};
 /// which is worse than some ten kilobytes of tables for each.
 const REMEMBERED: usize = 16;
 
-/// The connection.
+/// The connection. Dropped, it is taken away, and those who have files open keep what is local of them.
 pub struct Grove {
     place: PathBuf,
     forest: Arc<Forest<Lazy>>,
     server: fuse::Server,
-    next: AtomicU64,
+    /// The next number of an image that has none of its own.
+    next: AtomicU32,
     table: Mutex<Table>,
+    /// Goes when nothing is mounted on it any more.
+    directory: MountDirectory,
+}
+
+/// A directory for a mount, removed when this is dropped.
+struct MountDirectory(PathBuf);
+
+impl MountDirectory {
+    fn remove(&self) {
+        if let Err(error) = fs::remove_dir(&self.0)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::debug!(%error, "cannot remove {}", self.0.display());
+        }
+    }
+}
+
+impl Drop for MountDirectory {
+    fn drop(&mut self) {
+        self.remove();
+    }
 }
 
 #[derive(Default)]
 struct Table {
-    /// Where the bytes of each layer come from that was listed.
-    blobs: HashMap<DiffId, (BlobDigest, LayerSlot)>,
     /// How many images are shown.
     shown: usize,
     /// Images that are not, but may still be remembered by the kernel.
@@ -56,21 +79,12 @@ struct Table {
 
 /// A layer to be shown.
 pub struct Shoot {
+    /// Its number: two layers are the same only if this is.
+    pub number: u32,
     /// What it claims to be.
     pub diff_id: DiffId,
-    /// Where its bytes come from.
-    pub blob: BlobDigest,
     /// It.
     pub layer: Arc<Layer<Lazy>>,
-}
-
-/// A layer is there already, and its bytes come from elsewhere.
-#[derive(Debug, thiserror::Error)]
-#[error("layer {diff_id} is shown from blob {shown} already, and nobody knows yet whether {blob} is the same")]
-pub struct OtherBlob {
-    diff_id: DiffId,
-    shown: BlobDigest,
-    blob: BlobDigest,
 }
 
 impl fmt::Debug for Grove {
@@ -80,64 +94,51 @@ impl fmt::Debug for Grove {
 }
 
 impl Grove {
-    /// Mounts the connection on `place`, which is made if it is missing; what a dead process left there is taken away.
+    /// Mounts the connection on `place`, which is made if it is missing; what a dead process left there is taken away. The
+    /// mount table shows `source`.
     ///
     /// # Errors
     /// The kernel refuses, or this user may not.
-    pub fn plant(place: &Path, patience: Duration) -> anyhow::Result<Arc<Self>> {
+    pub fn plant(place: &Path, patience: Duration, source: &str) -> anyhow::Result<Arc<Self>> {
         while mount::is_ours(place)? {
             mount::unmount(place, Unmount::Lazy)?;
         }
         let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(place);
         made.with_context(|| format!("cannot create {}", place.display()))?;
         let forest = Arc::new(Forest::new());
-        let options = fuse::ServeOptions { patience, ..fuse::ServeOptions::for_this_user("headstart") };
+        let options = fuse::ServeOptions { patience, ..fuse::ServeOptions::for_this_user(source) };
         let server = fuse::serve(Arc::clone(&forest), place, &options)?;
         let place = server.mount_point().to_owned();
-        Ok(Arc::new(Self { place, forest, server, next: AtomicU64::new(1), table: Mutex::default() }))
+        let (next, directory) = (AtomicU32::new(MAX_SNAPSHOT_SLOT + 1), MountDirectory(place.clone()));
+        Ok(Arc::new(Self { place, forest, server, next, table: Mutex::default(), directory }))
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether these layers can be shown here.
+    /// Lists a layer.
     ///
     /// # Errors
-    /// [`OtherBlob`].
-    pub fn admits(&self, layers: impl IntoIterator<Item = (DiffId, BlobDigest)>) -> Result<(), OtherBlob> {
-        let table = self.table();
-        layers.into_iter().try_for_each(|(diff_id, blob)| self.check(&table, diff_id, blob))
+    /// The forest refuses.
+    pub fn list(self: &Arc<Self>, shoot: Shoot) -> anyhow::Result<Listed> {
+        let slot = self.forest.add_layer(shoot.diff_id, shoot.layer, Some(LayerSlot(shoot.number)))?;
+        Ok(Listed { grove: Arc::clone(self), slot })
     }
 
-    fn check(&self, table: &Table, diff_id: DiffId, blob: BlobDigest) -> Result<(), OtherBlob> {
-        match table.blobs.get(&diff_id) {
-            Some((shown, slot)) if *shown != blob && self.forest.has_layer(*slot) => {
-                Err(OtherBlob { diff_id, shown: *shown, blob })
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// Lists an image of `layers`, the lowest first.
+    /// Lists an image of `layers`, the lowest first, under its number if it has one.
     ///
     /// # Errors
-    /// [`OtherBlob`], or the forest refuses.
-    pub fn grow(self: &Arc<Self>, layers: Vec<Shoot>) -> anyhow::Result<Planted> {
-        let name = self.next.fetch_add(1, Ordering::Relaxed).to_string();
-        let mut planted = Planted { grove: Arc::clone(self), name, layers: Vec::new(), snapshot: None };
-        for Shoot { diff_id, blob, layer } in layers {
-            // Held over both, so that nobody lists another blob in between.
-            let mut table = self.table();
-            self.check(&table, diff_id, blob)?;
-            let slot = self.forest.add_layer(diff_id, layer, None)?;
-            table.blobs.insert(diff_id, (blob, slot));
-            planted.layers.push(slot);
-        }
-        let name = Name::new(planted.name.as_bytes()).context("a number is a name")?;
-        planted.snapshot = Some(self.forest.add_snapshot(&name, &planted.layers, None)?);
+    /// The forest refuses.
+    pub fn grow(self: &Arc<Self>, layers: Vec<Shoot>, number: Option<u32>) -> anyhow::Result<Planted> {
+        let number = number.unwrap_or_else(|| self.next.fetch_add(1, Ordering::Relaxed));
+        let name = number.to_string();
+        let layers = layers.into_iter().map(|shoot| self.list(shoot)).collect::<anyhow::Result<Vec<_>>>()?;
+        let slots: Vec<LayerSlot> = layers.iter().map(|listed| listed.slot).collect();
+        let listed_as = Name::new(name.as_bytes()).context("a number is a name")?;
+        let snapshot = self.forest.add_snapshot(&listed_as, &slots, Some(SnapshotSlot(number)))?;
         self.table().shown += 1;
-        Ok(planted)
+        Ok(Planted { grove: Arc::clone(self), name, snapshot, layers: Some(layers) })
     }
 
     /// Ends the connection when the last file is closed; false if some is open for longer than `patience`.
@@ -148,30 +149,20 @@ impl Grove {
             return true;
         }
         let over = self.server.wait_for(patience);
-        if let Err(error) = fs::remove_dir(&self.place) {
-            tracing::debug!(%error, "cannot remove {}", self.place.display());
-        }
+        self.directory.remove();
         over
     }
 
-    fn ungrow(&self, planted: &Planted) {
-        if let Some(snapshot) = planted.snapshot {
-            if let Err(error) = self.forest.remove_snapshot(snapshot) {
-                tracing::error!(%error, "an image was removed twice");
-            }
-            let mut table = self.table();
-            table.shown -= 1;
-            table.gone.push(snapshot);
-        }
-        for layer in &planted.layers {
-            if let Err(error) = self.forest.remove_layer(*layer) {
-                tracing::error!(%error, "a layer was removed twice");
-            }
-        }
+    /// Where the file of a listed layer is.
+    fn layer_file(&self, slot: LayerSlot) -> PathBuf {
+        self.place.join("layers").join(self.forest.layer_name(slot).unwrap_or_default())
+    }
+
+    /// Lets the kernel forget images that are gone, if there is reason to.
+    fn forget_gone(&self) {
         let forget = {
             let mut table = self.table();
             table.gone.retain(|snapshot| self.forest.has_snapshot(*snapshot));
-            table.blobs.retain(|_, (_, slot)| self.forest.has_layer(*slot));
             !table.gone.is_empty() && (table.shown == 0 || table.gone.len() >= REMEMBERED)
         };
         if forget
@@ -184,13 +175,42 @@ impl Grove {
     }
 }
 
+/// A layer that is listed; dropped, it is not any more. Whoever uses it goes on doing so.
+#[derive(Debug)]
+pub struct Listed {
+    grove: Arc<Grove>,
+    slot: LayerSlot,
+}
+
+impl Listed {
+    /// The layer as a file.
+    pub fn file(&self) -> PathBuf {
+        self.grove.layer_file(self.slot)
+    }
+
+    /// What is in the layer, as it is.
+    pub fn tree(&self) -> PathBuf {
+        self.grove.place.join("raw").join(self.slot.0.to_string())
+    }
+}
+
+impl Drop for Listed {
+    fn drop(&mut self) {
+        if let Err(error) = self.grove.forest.remove_layer(self.slot) {
+            let error: &dyn std::error::Error = &error;
+            tracing::error!(error, "a layer was removed twice");
+        }
+    }
+}
+
 /// An image that is listed; dropped, it is not any more. Whoever uses it goes on doing so.
 #[derive(Debug)]
 pub struct Planted {
     grove: Arc<Grove>,
     name: String,
-    layers: Vec<LayerSlot>,
-    snapshot: Option<SnapshotSlot>,
+    snapshot: SnapshotSlot,
+    /// None when they are listed no more.
+    layers: Option<Vec<Listed>>,
 }
 
 impl Planted {
@@ -198,16 +218,21 @@ impl Planted {
     pub fn directory(&self) -> PathBuf {
         self.grove.place.join("snapshots").join(&self.name)
     }
-
-    /// The file that is a layer.
-    pub fn layer_file(&self, diff_id: &DiffId) -> PathBuf {
-        self.grove.place.join("layers").join(Forest::<Lazy>::layer_name(diff_id))
-    }
 }
 
 impl Drop for Planted {
     fn drop(&mut self) {
-        self.grove.ungrow(self);
+        if let Err(error) = self.grove.forest.remove_snapshot(self.snapshot) {
+            let error: &dyn std::error::Error = &error;
+            tracing::error!(error, "an image was removed twice");
+        }
+        drop(self.layers.take());
+        {
+            let mut table = self.grove.table();
+            table.shown -= 1;
+            table.gone.push(self.snapshot);
+        }
+        self.grove.forget_gone();
     }
 }
 

@@ -1,14 +1,8 @@
-//! Images that the kernel presents, and their layers handed over to it as they become local.
+//! Images that the kernel presents: their layers on the [shelf](super::shelf), stacked by overlayfs.
 //!
-//! ```text
-//! <root>/run/<n>/      what a process of this root has mounted: see `drivers::RunDirectory`
-//! <root>/run/<n>/fs    its FUSE connection with the lazily filled files, while there are any
-//! ```
-//!
-//! Guarantees: what the kernel cannot present is shown through FUSE, with the reason; when the last lazy layer of the last
-//! mount has been handed over, the FUSE connection is gone. Refuses to know how layers become local.
+//! Guarantees: what the kernel cannot present is shown through FUSE, with the reason; it is over when nobody reads lazy
+//! layers through it any more. Refuses to know how layers become local.
 
-use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -18,36 +12,23 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use futures::future::BoxFuture;
-use tokio::runtime::Handle;
 use tokio::sync::watch;
 
 use super::MountRequest;
+use super::grove::Listed;
+use super::shelf::{Ground, Shelf, ShelfDir, facts, run_directories};
 use super::shown::{Driver, Shown};
-use crate::daemon::config::Config as Settings;
-use crate::daemon::image::{Lazy, OpenImage};
+use crate::chain::LayerSlot;
+use crate::daemon::image::OpenImage;
 use crate::drivers::leftovers::{self, Leftover, Outcome};
-use crate::drivers::{
-    self, Backing, Capabilities, Choice, DriverError, KernelMounts, LayerBacking, LayerFacts, Presented, RunDirectory,
-    Wanted, choose,
-};
-use crate::fetch::{LayerImage, LocalLayer};
-use crate::fuse;
-use crate::model::{DiffId, ReadAt as _};
+use crate::drivers::{self, Backing, Capabilities, Choice, DriverError, HeldLayer, Presented, Wanted, choose};
+use crate::fetch::LayerImage;
+use crate::model::DiffId;
 use crate::sys::loopdev::backing_of;
 use crate::sys::mount::{MountError, Unmount};
 use crate::sys::stack::MountWatch;
-use crate::vfs::{self, Forest, LayerSlot};
 
-/// How much longer than a reader the kernel may wait, so that the reason is the reader's.
-const LONGER: Duration = Duration::from_secs(5);
-
-/// Loop devices read complete files through their page cache. Past it, a layer would be cached once and not twice, and 759 MiB
-/// in sequence come in 3.5 s instead of 3.9 s; but a layer that was just filled is in that cache, and from there 6000 random
-/// reads of 4 KiB take 0.1 s, past it 3.5 s (1 GiB image, virtual disk, two cores).
-const DIRECT_IO: bool = false;
-
-/// How often a hand-over is tried, and the pause between. It fails when the machine is short of something.
-const TRIES: u32 = 5;
+/// The pause after the mount table could not be watched.
 const PAUSE: Duration = Duration::from_secs(2);
 
 /// How long the mount table is believed without a look at it.
@@ -56,257 +37,93 @@ const BELIEF: Duration = Duration::from_secs(60);
 /// How often a device that somebody still reads is looked at.
 const GLANCE: Duration = Duration::from_millis(50);
 
-/// Where the processes of `root` mount.
-fn run_directories(root: &Path) -> PathBuf {
-    root.join("run")
-}
-
-/// What a host needs for images that the kernel presents: nothing until there is one.
-#[derive(Debug)]
-pub(super) struct KernelSide {
-    runtime: Handle,
-    ground: Mutex<Weak<Ground>>,
-}
-
-/// The run directory of this process, as long as there is a mount in it.
-#[derive(Debug)]
-struct Ground {
-    mounts: KernelMounts,
-    files: Mutex<Weak<LazyFiles>>,
-}
-
-/// The FUSE connection with the lazily filled files, as long as one of them is needed.
-#[derive(Debug)]
-struct LazyFiles {
-    forest: Arc<Forest<Lazy>>,
-    /// Where the bytes of each layer come from that was listed.
-    sources: Mutex<HashMap<DiffId, (u64, LayerSlot)>>,
-    server: Option<fuse::Server>,
-    mount_point: PathBuf,
-    /// The last to go.
-    _ground: Arc<Ground>,
-}
-
-/// A lazily filled file.
-#[derive(Debug)]
-struct LazyFile {
-    files: Arc<LazyFiles>,
-    slot: LayerSlot,
-}
-
-impl KernelSide {
-    pub(super) fn new(runtime: Handle) -> Self {
-        Self { runtime, ground: Mutex::default() }
-    }
-
-    /// Mounts `image` with the driver that is asked for or the next one that works. Waits for the kernel, which may wait for
-    /// the network.
-    ///
-    /// # Errors
-    /// Why it is to be shown through FUSE.
-    pub(super) fn show(
-        &self,
-        image: &OpenImage,
-        request: &MountRequest,
-        settings: &Settings,
-    ) -> Result<Box<dyn Shown>, String> {
-        let choice = match request.driver {
-            // Nothing to ask the machine.
-            Wanted::Driver(drivers::Driver::Fuse) => choose(request.driver, &Capabilities::unknown(), &[]),
-            wanted => choose(wanted, &Capabilities::probe(&settings.root), &facts(image)),
-        };
-        if choice.driver == drivers::Driver::Fuse {
-            return Err(choice.why);
+/// Mounts `image` with the driver that is asked for or the next one that works; `slots` are the numbers of its stack's
+/// layers, as far as they have any. Waits for the kernel, which may wait for the network.
+///
+/// # Errors
+/// Why it is to be shown through FUSE.
+pub(super) fn show(
+    shelf: &Arc<Shelf>,
+    image: &OpenImage,
+    request: &MountRequest,
+    slots: &[Option<LayerSlot>],
+) -> Result<Box<dyn Shown>, String> {
+    let choice = match request.driver {
+        // Nothing to ask the machine.
+        Wanted::Driver(drivers::Driver::Fuse) => choose(request.driver, &Capabilities::unknown(), &[]),
+        wanted => {
+            let needs_more = image.plan.stack.iter().map(|of| !of.devices.is_empty() || !of.data.is_empty());
+            let facts: Vec<_> = image.stack().zip(needs_more).map(|(layer, more)| facts(layer, more)).collect();
+            choose(wanted, shelf.capabilities(), &facts)
         }
-        match self.present(image, request, settings, choice.clone()) {
-            Ok(shown) => Ok(Box::new(shown)),
-            Err(error) => {
-                let why = choice.after(error.as_ref()).why;
-                tracing::warn!(mount_point = %request.mount_point.display(), "{why}");
-                Err(why)
-            }
+    };
+    if choice.driver == drivers::Driver::Fuse {
+        return Err(choice.why);
+    }
+    match present(shelf, image, request, slots, choice.clone()) {
+        Ok(shown) => Ok(Box::new(shown)),
+        Err(error) => {
+            let why = choice.after(error.as_ref()).why;
+            tracing::warn!(mount_point = %request.mount_point.display(), "{why}");
+            Err(why)
         }
     }
-
-    /// How many FUSE connections there are for lazy files.
-    pub(super) fn connections(&self) -> u64 {
-        let ground = lock(&self.ground).upgrade();
-        u64::from(ground.is_some_and(|ground| lock(&ground.files).strong_count() > 0))
-    }
-
-    fn present(
-        &self,
-        image: &OpenImage,
-        request: &MountRequest,
-        settings: &Settings,
-        choice: Choice,
-    ) -> anyhow::Result<KernelShown> {
-        let ground = self.ground(settings)?;
-        let (mut backings, mut files, mut lazy) = (Vec::new(), HashMap::new(), Vec::new());
-        for layer in stack(image) {
-            let (diff_id, source) = (layer.diff_id(), source_of(layer));
-            backings.push(match layer.local() {
-                Some(local) => LayerBacking { diff_id, source, size: local.size, lazy: None, local: Some(local.image) },
-                None => {
-                    let file = self.lazy_file(&ground, layer, settings, &request.image.to_string())?;
-                    let path = file.path(&diff_id);
-                    files.insert(diff_id, file);
-                    lazy.push(layer);
-                    LayerBacking { diff_id, source, size: layer.size(), lazy: Some(path), local: None }
-                }
-            });
-        }
-        let watch = MountWatch::start().context("cannot watch the mount table")?;
-        let presented = ground.mounts.present(&backings, &request.mount_point, request.upper.as_deref())?;
-        let inner = Arc::new(Inner {
-            presented: Mutex::new(Some(Arc::new(presented))),
-            files: Mutex::new(files),
-            ground,
-            choice,
-            devices: Mutex::default(),
-            _layers: stack(image).cloned().collect(),
-        });
-        for layer in lazy {
-            let inner = Arc::downgrade(&inner);
-            layer.when_local(move |layer, local| hand_over(&inner, source_of(layer), local));
-        }
-        let (say, over) = watch::channel(false);
-        let watched = Arc::downgrade(&inner);
-        thread::Builder::new()
-            .name("mount-watch".into())
-            .spawn(move || {
-                wait_for_end(&watched, &watch);
-                say.send_replace(true);
-            })
-            .context("cannot start a thread")?;
-        Ok(KernelShown { inner, over })
-    }
-
-    fn ground(&self, settings: &Settings) -> Result<Arc<Ground>, DriverError> {
-        let mut known = lock(&self.ground);
-        if let Some(ground) = known.upgrade() {
-            return Ok(ground);
-        }
-        let run = RunDirectory::claim_new(&run_directories(&settings.root))?;
-        let mounts = KernelMounts::new(run, settings.fetch.deadline.saturating_add(LONGER), DIRECT_IO);
-        let ground = Arc::new(Ground { mounts, files: Mutex::default() });
-        *known = Arc::downgrade(&ground);
-        Ok(ground)
-    }
-
-    fn lazy_file(
-        &self,
-        ground: &Arc<Ground>,
-        layer: &Arc<LayerImage>,
-        settings: &Settings,
-        name: &str,
-    ) -> anyhow::Result<LazyFile> {
-        // The superblock has been brought for the file system that is there in case the kernel will not do.
-        let opened = self.runtime.block_on(vfs::open_layer(0, Lazy::new(layer), Vec::new()))?;
-        let files = ground.files(settings, name)?;
-        let (diff_id, source) = (layer.diff_id(), source_of(layer));
-        // Held over both, so that nobody lists another one in between.
-        let mut sources = lock(&files.sources);
-        match sources.get(&diff_id) {
-            Some((other, slot)) if *other != source && files.forest.has_layer(*slot) => {
-                return Err(OtherSource(diff_id).into());
-            }
-            _ => {}
-        }
-        let slot = files.forest.add_layer(diff_id, Arc::new(opened), None)?;
-        sources.insert(diff_id, (source, slot));
-        drop(sources);
-        Ok(LazyFile { files, slot })
-    }
 }
 
-/// The layers that are stacked, the lowest first.
-fn stack(image: &OpenImage) -> impl Iterator<Item = &Arc<LayerImage>> {
-    image.plan.stack.iter().filter_map(|stacked| image.layers.get(stacked.layer))
-}
-
-/// What tells layers apart that claim to have the same diffID: a claim is nothing before all of a layer is here. A layer is
-/// open once in a process for each blob and index.
-fn source_of(layer: &Arc<LayerImage>) -> u64 {
-    Arc::as_ptr(layer).addr() as u64
-}
-
-/// Another layer of the same diffID has a lazy file.
-#[derive(Debug, thiserror::Error)]
-#[error("layer {0} is presented from another blob already, and nobody knows yet whether they are the same")]
-struct OtherSource(DiffId);
-
-/// What decides about the layers of `image`.
-fn facts(image: &OpenImage) -> Vec<LayerFacts> {
-    let needs_more = image.plan.stack.iter().map(|stacked| !stacked.devices.is_empty() || !stacked.data.is_empty());
-    let facts = stack(image).zip(needs_more).map(|(layer, needs_more)| {
-        let (size, local) = (layer.size(), layer.local().is_some());
-        let obstacle = if needs_more {
-            Some("it keeps contents in further layers".to_owned())
-        } else {
-            (!local && !size.is_multiple_of(512)).then(|| format!("its {size} bytes are no multiple of 512"))
-        };
-        LayerFacts { diff_id: layer.diff_id(), local, lazy: layer.status().chunks > 0, obstacle }
+fn present(
+    shelf: &Arc<Shelf>,
+    image: &OpenImage,
+    request: &MountRequest,
+    slots: &[Option<LayerSlot>],
+    choice: Choice,
+) -> anyhow::Result<KernelShown> {
+    let ground = shelf.ground()?;
+    let dirs = hold_all(shelf, image, slots, &choice)?;
+    let watch = MountWatch::start().context("cannot watch the mount table")?;
+    let held: Vec<HeldLayer> = dirs.iter().map(|dir| dir.held().clone()).collect();
+    let presented = ground.mounts.stack(&held, &request.mount_point, request.upper.as_deref())?;
+    drop(held);
+    let inner = Arc::new(Inner {
+        presented: Mutex::new(Some(Arc::new(presented))),
+        dirs: Mutex::new(dirs),
+        choice,
+        devices: Mutex::default(),
+        listed: Mutex::default(),
+        ground,
     });
-    facts.collect()
+    let (say, over) = watch::channel(false);
+    let watched = Arc::downgrade(&inner);
+    thread::Builder::new()
+        .name("mount-watch".into())
+        .spawn(move || {
+            wait_for_end(&watched, &watch);
+            say.send_replace(true);
+        })
+        .context("cannot start a thread")?;
+    Ok(KernelShown { inner, over })
 }
 
-impl Ground {
-    /// The connection, which is made if there is none.
-    fn files(self: &Arc<Self>, settings: &Settings, source: &str) -> anyhow::Result<Arc<LazyFiles>> {
-        let mut known = lock(&self.files);
-        if let Some(files) = known.upgrade() {
-            return Ok(files);
-        }
-        // One that is about to go may still have the name.
-        let mut number = 0;
-        let mount_point = loop {
-            let path = self.mounts.run().join(format!("fs{number}"));
-            match fs::create_dir(&path) {
-                Ok(()) => break path,
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => number += 1,
-                Err(error) => return Err(error).with_context(|| format!("cannot create {}", path.display())),
-            }
+/// The layers of the stack on the shelf, the lowest first, all mounted at the same time.
+fn hold_all(
+    shelf: &Shelf,
+    image: &OpenImage,
+    slots: &[Option<LayerSlot>],
+    choice: &Choice,
+) -> anyhow::Result<Vec<ShelfDir>> {
+    thread::scope(|scope| {
+        let hold = |(index, layer): (usize, &Arc<LayerImage>)| {
+            let (layer, slot) = (Arc::clone(layer), slots.get(index).copied().flatten());
+            thread::Builder::new()
+                .name("shelf".into())
+                .spawn_scoped(scope, move || shelf.hold_in_kernel(&layer, slot, choice.driver, &choice.why))
         };
-        let forest = Arc::new(Forest::new());
-        let options =
-            fuse::ServeOptions { patience: settings.fetch.deadline, ..fuse::ServeOptions::for_this_user(source) };
-        let mut files = LazyFiles {
-            forest: Arc::clone(&forest),
-            sources: Mutex::default(),
-            server: None,
-            mount_point,
-            _ground: Arc::clone(self),
-        };
-        files.server = Some(fuse::serve(forest, &files.mount_point, &options)?);
-        let files = Arc::new(files);
-        *known = Arc::downgrade(&files);
-        Ok(files)
-    }
-}
-
-impl Drop for LazyFiles {
-    fn drop(&mut self) {
-        drop(self.server.take());
-        if let Err(error) = fs::remove_dir(&self.mount_point) {
-            tracing::warn!(path = %self.mount_point.display(), %error, "a directory stays behind");
-        }
-    }
-}
-
-impl LazyFile {
-    fn path(&self, diff_id: &DiffId) -> PathBuf {
-        self.files.mount_point.join("layers").join(Forest::<Lazy>::layer_name(diff_id))
-    }
-}
-
-impl Drop for LazyFile {
-    fn drop(&mut self) {
-        if let Err(error) = self.files.forest.remove_layer(self.slot) {
-            let error: &dyn std::error::Error = &error;
-            tracing::warn!(error, "a lazily filled file stays listed");
-        }
-    }
+        let holding =
+            image.stack().enumerate().map(hold).collect::<io::Result<Vec<_>>>().context("cannot start a thread")?;
+        let held = holding
+            .into_iter()
+            .map(|thread| thread.join().map_err(|_| anyhow::anyhow!("a thread that mounts a layer broke down"))?);
+        held.collect()
+    })
 }
 
 /// An image that the kernel presents.
@@ -319,14 +136,14 @@ struct KernelShown {
 struct Inner {
     /// None when it is over.
     presented: Mutex<Option<Arc<Presented>>>,
-    /// What the kernel still reads through FUSE.
-    files: Mutex<HashMap<DiffId, LazyFile>>,
+    /// None when it is over.
+    dirs: Mutex<Vec<ShelfDir>>,
     choice: Choice,
     /// Devices on lazy files that were in use when it was over, and those files.
     devices: Mutex<Vec<(u32, PathBuf)>>,
+    /// What the FUSE connection shows to those devices, as long as they are read.
+    listed: Mutex<Vec<Arc<Listed>>>,
     ground: Arc<Ground>,
-    /// The last to go: where a layer is in memory tells mounts of it apart, see [`source_of`].
-    _layers: Vec<Arc<LayerImage>>,
 }
 
 impl std::fmt::Debug for KernelShown {
@@ -348,19 +165,22 @@ impl Inner {
         drop(presented);
         let taken = lock(&self.presented).take();
         drop(taken);
+        let dirs = std::mem::take(&mut *lock(&self.dirs));
+        *lock(&self.listed) = dirs.iter().filter_map(ShelfDir::listed).collect();
+        drop(dirs);
     }
 
-    /// True if a lazy file is still read: through what was detached, which was in use when it was taken away, or through
-    /// another stack that shows the layer.
+    /// True if a lazy file is still read that goes with this: through what was detached, which was in use when it was taken
+    /// away, or through another stack that shows the layer. A connection that stays serves whoever is left.
     fn is_read(&self) -> bool {
-        let devices = lock(&self.devices).clone();
+        let devices = if self.ground.stays() { Vec::new() } else { lock(&self.devices).clone() };
         devices.iter().any(|(number, file)| backing_of(*number).is_ok_and(|backing| backing.as_ref() == Some(file)))
     }
 
     /// Nobody reads lazy files any more.
     fn let_go(&self) {
-        let files = std::mem::take(&mut *lock(&self.files));
-        drop(files);
+        let listed = std::mem::take(&mut *lock(&self.listed));
+        drop(listed);
     }
 }
 
@@ -387,29 +207,6 @@ fn wait_for_end(inner: &Weak<Inner>, watch: &MountWatch) {
     }
 }
 
-/// Lets the kernel read a layer from its complete file. On a thread that may wait.
-fn hand_over(inner: &Weak<Inner>, source: u64, local: &LocalLayer) {
-    for attempt in 1..=TRIES {
-        let Some(inner) = inner.upgrade() else { return };
-        match inner.ground.mounts.hand_over(&local.diff_id, source, &local.image) {
-            Ok(()) => {
-                let file = lock(&inner.files).remove(&local.diff_id);
-                drop(file);
-                tracing::info!(layer = %local.diff_id, "the kernel reads the layer from its local file");
-                return;
-            }
-            // It was unmounted meanwhile.
-            Err(DriverError::NotMounted(_)) => return,
-            Err(error) => {
-                let error: &dyn std::error::Error = &error;
-                tracing::warn!(layer = %local.diff_id, attempt, error, "the layer is not handed over");
-            }
-        }
-        drop(inner);
-        thread::sleep(PAUSE);
-    }
-}
-
 impl Shown for KernelShown {
     fn driver(&self) -> Driver {
         let Choice { driver, why } = &self.inner.choice;
@@ -430,6 +227,7 @@ impl Shown for KernelShown {
         let from = match layer.backing {
             Backing::Lazy => "lazy file",
             Backing::Local(_) => "local file",
+            Backing::Tree => "directory of the FUSE connection",
         };
         let failure = layer.failure.map(|failure| format!("; not handed over: {failure}")).unwrap_or_default();
         Some(format!("the kernel reads the {from}{device}{failure}"))
@@ -463,13 +261,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What killed processes of a root left of kernel mounts, by run directory.
+/// What killed processes of a root left of kernel mounts, by run directory; `run` is the daemon's.
 ///
 /// # Errors
 /// The system cannot be asked.
-pub fn left_behind(root: &Path) -> Result<Vec<(PathBuf, Vec<Leftover>)>, DriverError> {
+pub fn left_behind(root: &Path, run: &Path) -> Result<Vec<(PathBuf, Vec<Leftover>)>, DriverError> {
     let mut found = Vec::new();
-    for run in listed(&run_directories(root))? {
+    for run in all_runs(root, run)? {
         if let Some(left) = leftovers::look(&run)? {
             found.push((run, left));
         }
@@ -481,9 +279,9 @@ pub fn left_behind(root: &Path) -> Result<Vec<(PathBuf, Vec<Leftover>)>, DriverE
 ///
 /// # Errors
 /// The system cannot be asked.
-pub fn take_away_left(root: &Path, how: Unmount) -> Result<Outcome, DriverError> {
+pub fn take_away_left(root: &Path, run: &Path, how: Unmount) -> Result<Outcome, DriverError> {
     let mut all = Outcome::default();
-    for run in listed(&run_directories(root))? {
+    for run in all_runs(root, run)? {
         if let Some(outcome) = leftovers::remove(&run, how)? {
             all.removed.extend(outcome.removed);
             all.kept.extend(outcome.kept);
@@ -493,11 +291,15 @@ pub fn take_away_left(root: &Path, how: Unmount) -> Result<Outcome, DriverError>
 }
 
 /// Takes away what killed processes of a root left for mounts that are gone.
+///
+/// What a daemon left is the next daemon's.
 pub fn sweep(root: &Path) {
-    let swept = left_behind(root).and_then(|found| {
+    let swept = listed(&run_directories(root)).and_then(|runs| {
         let is_mount = |left: &Leftover| matches!(left, Leftover::Overlay { .. });
-        for (run, _) in found.into_iter().filter(|(_, left)| !left.iter().any(is_mount)) {
-            leftovers::remove(&run, Unmount::Strict)?;
+        for run in runs {
+            if leftovers::look(&run)?.is_some_and(|left| !left.iter().any(is_mount)) {
+                leftovers::remove(&run, Unmount::Strict)?;
+            }
         }
         Ok(())
     });
@@ -505,6 +307,13 @@ pub fn sweep(root: &Path) {
         let error: &dyn std::error::Error = &error;
         tracing::warn!(error, "what a killed process left stays: see `headstart cleanup`");
     }
+}
+
+/// The run directories of a root's processes, and the daemon's.
+fn all_runs(root: &Path, run: &Path) -> Result<Vec<PathBuf>, DriverError> {
+    let mut all = listed(&run_directories(root))?;
+    all.push(run.to_owned());
+    Ok(all)
 }
 
 fn listed(base: &Path) -> Result<Vec<PathBuf>, DriverError> {

@@ -11,6 +11,7 @@ mod grove;
 mod kernel;
 mod lookout;
 mod mounted;
+mod shelf;
 mod shown;
 
 use std::collections::BTreeMap;
@@ -27,7 +28,7 @@ use super::image::{Documents, House, Lazy, OpenImage};
 use super::mounts::{Claim, Entry, Mounts};
 use super::place::Place;
 use crate::control::MountRecord;
-use crate::drivers::Wanted;
+use crate::drivers::{Wanted, leftovers};
 use crate::fetch::{Counters, LayerImage};
 use crate::oci::{Platform, Reference};
 use crate::snapshots::SnapshotsConfig;
@@ -35,12 +36,12 @@ use crate::sys::mount::{self, MountError};
 use crate::unpack::{Fill, FillOptions, Persistence};
 use crate::vfs::{Layer, Vfs};
 
-use kernel::KernelSide;
 use lookout::Watch;
 
-pub use grove::{Grove, OtherBlob, Planted, Shoot};
+pub use grove::{Grove, Listed, Planted, Shoot};
 pub use kernel::{left_behind, sweep, take_away_left};
 pub use mounted::{Mounted, NeverLocal, layer_state};
+pub use shelf::{Shelf, ShelfDir, layer_id};
 pub use shown::{Driver, Shown};
 
 /// How often the size of the cache is looked at, which takes a look at each of its directories. Sooner if much has come
@@ -85,7 +86,7 @@ pub struct Host {
     settings: Settings,
     house: House,
     records: Mounts,
-    kernel: KernelSide,
+    shelf: Arc<Shelf>,
     runtime: Handle,
     /// The place of the daemon, if this is it.
     daemon: Option<Place>,
@@ -125,13 +126,20 @@ impl Host {
             Some(_) if !rustix::process::geteuid().is_root() => {
                 Err(Some("only root binds mounts: it has a connection of its own".to_owned()))
             }
-            Some(place) => Ok(Grove::plant(&place.file_system(), settings.fetch.deadline)?),
+            Some(place) => {
+                leftovers::remove(&settings.run, mount::Unmount::Lazy)?;
+                Ok(Grove::plant(&place.file_system(), settings.fetch.deadline, "headstart")?)
+            }
+        };
+        let shelf = match &grove {
+            Ok(grove) => Shelf::of_daemon(settings, runtime.clone(), &settings.run, grove)?,
+            Err(_) => Shelf::of_process(settings, runtime.clone()),
         };
         let host = Arc::new(Self {
             settings: settings.clone(),
             house,
             records: Mounts::open(&settings.root)?,
-            kernel: KernelSide::new(runtime.clone()),
+            shelf,
             runtime,
             daemon,
             grove,
@@ -147,6 +155,11 @@ impl Host {
     /// The rooms below.
     pub const fn house(&self) -> &House {
         &self.house
+    }
+
+    /// The layers that it has mounted.
+    pub const fn shelf(&self) -> &Arc<Shelf> {
+        &self.shelf
     }
 
     /// The configuration this was opened with.
@@ -227,7 +240,7 @@ impl Host {
         request: &MountRequest,
         claim: &Claim,
     ) -> anyhow::Result<Box<dyn Shown>> {
-        match self.kernel.show(image, request, &self.settings) {
+        match kernel::show(&self.shelf, image, request, &[]) {
             Ok(shown) => Ok(shown),
             Err(why) => {
                 let shown = self.show_through_fuse(image, layers, request, claim)?;
@@ -246,22 +259,19 @@ impl Host {
         let why = match &self.grove {
             // Without a common connection there is nothing to explain.
             Err(why) => why.clone(),
-            Ok(grove) => match image.single_blobs() {
-                None => Some("a layer keeps data in other blobs: it has a connection of its own".to_owned()),
-                Some(blobs) => match grove.admits(blobs.iter().copied()) {
-                    Err(error) => Some(error.to_string()),
-                    Ok(()) => {
-                        let shoots = layers.into_iter().zip(blobs).map(|(layer, (diff_id, blob))| Shoot {
-                            diff_id,
-                            blob,
-                            layer: Arc::new(layer),
-                        });
-                        let planted = grove.grow(shoots.collect())?;
-                        let bound = grove::bind(planted, &request.mount_point, request.upper.as_deref(), &self.watch)?;
-                        return Ok(Box::new(bound));
-                    }
-                },
-            },
+            Ok(_) if !image.is_of_single_blobs() => {
+                Some("a layer keeps data in other blobs: it has a connection of its own".to_owned())
+            }
+            Ok(grove) => {
+                let shoot = |(layer, of): (Layer<Lazy>, &Arc<LayerImage>)| Shoot {
+                    number: self.shelf.number(&layer_id(of), None),
+                    diff_id: of.diff_id(),
+                    layer: Arc::new(layer),
+                };
+                let planted = grove.grow(layers.into_iter().zip(image.stack()).map(shoot).collect(), None)?;
+                let bound = grove::bind(planted, &request.mount_point, request.upper.as_deref(), &self.watch)?;
+                return Ok(Box::new(bound));
+            }
         };
         shown::own_connection(Vfs::new(layers)?, why, request, claim, &self.settings)
     }
@@ -269,7 +279,7 @@ impl Host {
     /// How many FUSE connections are served.
     pub fn connections(&self) -> u64 {
         let own: u64 = self.mounts().iter().map(|mounted| mounted.own_connections()).sum();
-        own + u64::from(self.grove.is_ok()) + self.kernel.connections()
+        own + u64::from(self.grove.is_ok()) + self.shelf.own_connections()
     }
 
     /// How images and layers are completed in the background.

@@ -3,9 +3,12 @@
 //! ```text
 //! snapshots/<name>/…    the merged tree of a stack of layers
 //! layers/<diffid>       a layer's image as one file
+//! raw/<slot>/…          what is in a layer's image, as it is: with whiteouts and marks, for overlayfs to merge
 //! ```
 //!
-//! Both directories are for the superuser alone: an image holds set-uid programs, so nobody sees one who was not meant to.
+//! A second layer that claims the same diffID and has a slot of its own is the file `layers/<diffid>.<slot>`.
+//!
+//! The directories are for the superuser alone: an image holds set-uid programs, so nobody sees one who was not meant to.
 //! Whoever is gets a snapshot bind-mounted, and the modes above it count no more.
 //!
 //! All files but directories have one inode per layer, so that the kernel keeps their pages once however many snapshots
@@ -36,7 +39,7 @@ use std::thread;
 
 use self::table::{Garbage, Leaf, References, Tables, Tree};
 use super::numbers::Numbering;
-use super::slots::{LAYERS_INO, SLOTS, SNAPSHOTS_INO, SnapshotNumbers};
+use super::slots::{LAYERS_INO, RAW_INO, SLOTS, SNAPSHOTS_INO, SnapshotNumbers};
 use super::{Error, KernelCache, Layer, Vfs};
 use crate::model::{DiffId, Name, ReadAt};
 
@@ -64,16 +67,6 @@ pub enum ForestError {
         to: String,
         /// Who has it.
         taken_by: String,
-    },
-    /// The layer has another slot.
-    #[error("cannot give slot {wanted} to layer {diff_id}: its slot is {slot}")]
-    OtherSlot {
-        /// Which layer.
-        diff_id: DiffId,
-        /// Its slot.
-        slot: u32,
-        /// The one that was asked for.
-        wanted: u32,
     },
     /// A slot that cannot be.
     #[error("there is no slot {0}: there are {SLOTS}")]
@@ -127,9 +120,9 @@ impl<R> Forest<R> {
         Self::default()
     }
 
-    /// What a layer's file is called in `layers/`.
-    pub fn layer_name(diff_id: &DiffId) -> String {
-        diff_id.to_string()
+    /// What a listed layer's file is called in `layers/`.
+    pub fn layer_name(&self, slot: LayerSlot) -> Option<String> {
+        self.tables().layers.get(&slot.0).filter(|record| record.listed > 0).map(|record| record.name.clone())
     }
 
     /// True as long as anything of the layer is served: it is listed, a snapshot shows it, or its file is in use.
@@ -164,10 +157,12 @@ impl<R> Forest<R> {
 }
 
 impl<R: ReadAt + 'static> Forest<R> {
-    /// Lists a layer under `layers/`, so that snapshots can be made of it. One that is listed already (the same diffID)
-    /// keeps its slot and its bytes, and has to be removed once more.
+    /// Lists a layer under `layers/` and `raw/`, so that snapshots can be made of it. One that is listed already keeps its
+    /// slot and its bytes, and has to be removed once more: the one in the `slot` that is given, or without one a layer of
+    /// the same diffID. So whoever knows layers that only claim to be the same gives each a slot.
     ///
-    /// A `slot` that is given must never have been another layer's, nor may the layer have had another one.
+    /// A `slot` that is given must not be another layer's at the moment, and is never given to another one if the kernel
+    /// may remember the first.
     ///
     /// # Errors
     /// See [`ForestError`].
@@ -177,8 +172,11 @@ impl<R: ReadAt + 'static> Forest<R> {
         layer: Arc<Layer<R>>,
         slot: Option<LayerSlot>,
     ) -> Result<LayerSlot, ForestError> {
-        let slot = self.change().list_layer(diff_id, layer, slot.map(|slot| slot.0))?;
+        // It was read when the layer was opened; should it be gone again, the layer is not shown as it is.
+        let root = layer.image().root_inode().ok().map(|root| *root.attributes());
+        let slot = self.change().list_layer(diff_id, layer, root, slot.map(|slot| slot.0))?;
         self.tell(LAYERS_INO, None);
+        self.tell(RAW_INO, None);
         Ok(LayerSlot(slot))
     }
 
@@ -190,6 +188,7 @@ impl<R: ReadAt + 'static> Forest<R> {
         let (gone, garbage) = self.change().unlist_layer(slot.0)?;
         if let Some(name) = gone {
             self.tell(LAYERS_INO, Some(name.as_bytes()));
+            self.tell(RAW_INO, Some(slot.0.to_string().as_bytes()));
         }
         bury(garbage);
         Ok(())

@@ -4,21 +4,21 @@ use std::sync::{Arc, PoisonError};
 
 use super::super::file::File;
 use super::super::numbers::ROOT_INO;
-use super::super::slots::{LAYERS_INO, SNAPSHOTS_INO, Spot};
+use super::super::raw::Raw;
+use super::super::slots::{LAYERS_INO, RAW_INO, SNAPSHOTS_INO, Spot};
 use super::super::{
     Bring, Done, Error, FileSystem, Item, ItemKind, KernelCache, KernelMemory, Missing, Purpose, Seek, Stat, TakeItem,
     Totals,
 };
 use super::table::{Leaf, Tree};
 use super::{Forest, bury};
-use crate::model::{
-    Attributes, ByteRange, DeviceNumber, DiffId, FileKind, Name, ReadAt, ReadAtError, Timestamp, Xattr,
-};
+use crate::model::{Attributes, ByteRange, DeviceNumber, FileKind, Name, ReadAt, ReadAtError, Timestamp, Xattr};
 use crate::overlay::NodeId;
 
 /// Names of the root.
 const SNAPSHOTS: &[u8] = b"snapshots";
 const LAYERS: &[u8] = b"layers";
+const RAW: &[u8] = b"raw";
 
 /// Offsets 0 to 2 of a listing belong to `.`, `..` and what follows.
 const DOTS: u64 = 2;
@@ -36,11 +36,17 @@ enum Whose<R> {
     File(Arc<Leaf<R>>, u64),
     /// A layer as a file.
     Layer(Arc<Leaf<R>>),
+    /// A file of a layer that is shown as it is.
+    Raw(Arc<Leaf<R>>, u64),
 }
 
 impl<R: ReadAt> Leaf<R> {
     fn file(&self, nid: u64, ino: u64) -> File<'_, R> {
         File { layer: &self.layer, node: NodeId { layer: 0, nid }, ino }
+    }
+
+    fn raw(&self) -> Raw<'_, R> {
+        Raw { layer: &self.layer, slot: self.slot }
     }
 
     /// Reads the image itself.
@@ -71,13 +77,14 @@ impl<R: ReadAt + 'static> Forest<R> {
         let tables = self.tables();
         let leaf = |slot| tables.layers.get(&slot).map(|record| Arc::clone(&record.leaf)).ok_or_else(gone);
         match spot {
-            Spot::Root | Spot::Snapshots | Spot::Layers => Ok(Whose::Above),
+            Spot::Root | Spot::Snapshots | Spot::Layers | Spot::RawLayers => Ok(Whose::Above),
             Spot::SnapshotRoot { snapshot } | Spot::Directory { snapshot } => {
                 let record = tables.trees.get(&snapshot).ok_or_else(gone)?;
                 Ok(Whose::Tree(Arc::clone(&record.tree)))
             }
             Spot::File { layer, nid } => Ok(Whose::File(leaf(layer)?, nid)),
             Spot::LayerFile { layer } => Ok(Whose::Layer(leaf(layer)?)),
+            Spot::Raw { layer, nid } => Ok(Whose::Raw(leaf(layer)?, nid)),
         }
     }
 
@@ -86,8 +93,8 @@ impl<R: ReadAt + 'static> Forest<R> {
         let tables = self.tables();
         let (permissions, mtime, nlink) = match ino {
             SNAPSHOTS_INO => (0o700, tables.trees_changed, 1),
-            LAYERS_INO => (0o700, tables.layers_changed, 1),
-            _ => (0o755, Timestamp::default(), 4),
+            LAYERS_INO | RAW_INO => (0o700, tables.layers_changed, 1),
+            _ => (0o755, Timestamp::default(), 5),
         };
         let attributes = Attributes {
             kind: FileKind::Directory,
@@ -107,6 +114,7 @@ impl<R: ReadAt + 'static> Forest<R> {
         match (dir, name) {
             (ROOT_INO, SNAPSHOTS) => return Some(self.above(SNAPSHOTS_INO)),
             (ROOT_INO, LAYERS) => return Some(self.above(LAYERS_INO)),
+            (ROOT_INO, RAW) => return Some(self.above(RAW_INO)),
             _ => {}
         }
         // References are taken under the lock that a removal holds alone.
@@ -118,14 +126,20 @@ impl<R: ReadAt + 'static> Forest<R> {
                 Some(tree.root)
             }
             LAYERS_INO => {
-                let diff_id: DiffId = std::str::from_utf8(name).ok()?.parse().ok()?;
-                let record = tables.layers.get(tables.slots.get(&diff_id)?)?;
-                // One digest may be written in several ways; a file has one name.
-                if record.listed == 0 || record.leaf.name.as_bytes() != name {
-                    return None;
-                }
+                let record = tables.layers.get(tables.files.get(std::str::from_utf8(name).ok()?)?)?;
                 record.leaf.references.take();
                 Some(record.leaf.file)
+            }
+            RAW_INO => {
+                let slot: u32 = std::str::from_utf8(name).ok()?.parse().ok()?;
+                let record = tables.layers.get(&slot)?;
+                // One number may be written in several ways; a directory has one name.
+                if record.listed == 0 || slot.to_string().as_bytes() != name {
+                    return None;
+                }
+                let root = record.leaf.raw?;
+                record.leaf.raw_references.take();
+                Some(root)
             }
             _ => None,
         }
@@ -139,7 +153,7 @@ impl<R: ReadAt + 'static> Forest<R> {
         match dir {
             ROOT_INO => {
                 drop(tables);
-                let fixed = [(SNAPSHOTS, SNAPSHOTS_INO), (LAYERS, LAYERS_INO)];
+                let fixed = [(SNAPSHOTS, SNAPSHOTS_INO), (LAYERS, LAYERS_INO), (RAW, RAW_INO)];
                 let named = (0_u32..).zip(fixed).filter(|(index, _)| *index >= first);
                 named
                     .filter_map(|(index, (name, ino))| Some((behind(index), Name::new(name).ok()?, self.above(ino))))
@@ -152,7 +166,11 @@ impl<R: ReadAt + 'static> Forest<R> {
             _ => {
                 let listed = tables.layers.range(first..).filter(|(_, record)| record.listed > 0).take(PAGE);
                 let entry = |(slot, record): (&u32, &super::table::LayerRecord<R>)| {
-                    Some((behind(*slot), Name::new(record.leaf.name.as_bytes()).ok()?, record.leaf.file))
+                    let (name, stat) = match dir {
+                        RAW_INO => (slot.to_string(), record.leaf.raw?),
+                        _ => (record.name.clone(), record.leaf.file),
+                    };
+                    Some((behind(*slot), Name::new(name.as_bytes()).ok()?, stat))
                 };
                 listed.filter_map(entry).collect()
             }
@@ -197,7 +215,7 @@ impl<R: ReadAt + 'static> Forest<R> {
     fn forget(&self, ino: u64, count: u64) {
         let Ok(spot) = Spot::of(ino) else { return };
         let tables = match spot {
-            Spot::SnapshotRoot { .. } | Spot::LayerFile { .. } => self.tables(),
+            Spot::SnapshotRoot { .. } | Spot::LayerFile { .. } | Spot::Raw { .. } => self.tables(),
             _ => return,
         };
         let last = match spot {
@@ -209,13 +227,19 @@ impl<R: ReadAt + 'static> Forest<R> {
                 .layers
                 .get(&layer)
                 .is_some_and(|record| record.leaf.references.give_back(count) && record.listed == 0),
+            // Below a root nothing is counted: the kernel keeps the root as long as it has anything below.
+            Spot::Raw { layer, nid } => tables.layers.get(&layer).is_some_and(|record| {
+                nid == record.leaf.layer.image().root().0
+                    && record.leaf.raw_references.give_back(count)
+                    && record.listed == 0
+            }),
             _ => false,
         };
         drop(tables);
         if last {
             let garbage = match spot {
                 Spot::SnapshotRoot { snapshot } => self.change().reap_snapshot(snapshot),
-                Spot::LayerFile { layer } => self.change().reap_layer(layer),
+                Spot::LayerFile { layer } | Spot::Raw { layer, .. } => self.change().reap_layer(layer),
                 _ => return,
             };
             bury(garbage);
@@ -228,6 +252,7 @@ impl<R: Bring> FileSystem for Forest<R> {
         match self.whose(parent)? {
             Whose::Above => Ok(self.look_above(parent, name)),
             Whose::Tree(tree) => tree.vfs.lookup(parent, name),
+            Whose::Raw(leaf, nid) => leaf.raw().lookup(nid, name),
             Whose::File(..) | Whose::Layer(_) => Err(Error::NotADirectory(parent)),
         }
     }
@@ -236,21 +261,21 @@ impl<R: Bring> FileSystem for Forest<R> {
         match self.whose(ino)? {
             Whose::Above => Ok(self.above(ino)),
             Whose::Tree(tree) => tree.vfs.stat(ino),
-            Whose::File(leaf, nid) => leaf.file(nid, ino).stat(),
+            Whose::File(leaf, nid) | Whose::Raw(leaf, nid) => leaf.file(nid, ino).stat(),
             Whose::Layer(leaf) => Ok(leaf.file),
         }
     }
 
     fn read_link(&self, ino: u64) -> Result<Box<[u8]>, Error> {
         match self.whose(ino)? {
-            Whose::File(leaf, nid) => leaf.file(nid, ino).read_link(),
+            Whose::File(leaf, nid) | Whose::Raw(leaf, nid) => leaf.file(nid, ino).read_link(),
             Whose::Above | Whose::Tree(_) | Whose::Layer(_) => Err(Error::NotALink(ino)),
         }
     }
 
     fn read(&self, ino: u64, offset: u64, buf: &mut [u8]) -> Result<usize, Error> {
         match self.whose(ino)? {
-            Whose::File(leaf, nid) => leaf.file(nid, ino).read(offset, buf),
+            Whose::File(leaf, nid) | Whose::Raw(leaf, nid) => leaf.file(nid, ino).read(offset, buf),
             Whose::Layer(leaf) => leaf.read(offset, buf),
             Whose::Above | Whose::Tree(_) => Err(Error::IsADirectory(ino)),
         }
@@ -258,7 +283,7 @@ impl<R: Bring> FileSystem for Forest<R> {
 
     fn seek(&self, ino: u64, offset: u64, seek: Seek) -> Result<Option<u64>, Error> {
         match self.whose(ino)? {
-            Whose::File(leaf, nid) => leaf.file(nid, ino).seek(offset, seek),
+            Whose::File(leaf, nid) | Whose::Raw(leaf, nid) => leaf.file(nid, ino).seek(offset, seek),
             // All of it is data.
             Whose::Layer(leaf) => {
                 let size = leaf.file.attributes.size;
@@ -273,6 +298,7 @@ impl<R: Bring> FileSystem for Forest<R> {
         match self.whose(ino)? {
             Whose::Above => self.list_above(ino, offset, false, take),
             Whose::Tree(tree) => return tree.vfs.read_dir(ino, offset, take),
+            Whose::Raw(leaf, nid) => return leaf.raw().read_dir(nid, offset, take),
             Whose::File(..) | Whose::Layer(_) => return Err(Error::NotADirectory(ino)),
         }
         Ok(())
@@ -280,7 +306,7 @@ impl<R: Bring> FileSystem for Forest<R> {
 
     fn read_dir_plus(&self, ino: u64, offset: u64, take: &mut TakeItem<'_>) -> Result<(), Error> {
         match Spot::of(ino)? {
-            Spot::Root | Spot::Snapshots | Spot::Layers => {
+            Spot::Root | Spot::Snapshots | Spot::Layers | Spot::RawLayers => {
                 self.list_above(ino, offset, true, take);
                 Ok(())
             }
@@ -292,6 +318,7 @@ impl<R: Bring> FileSystem for Forest<R> {
         match self.whose(ino)? {
             Whose::Tree(tree) => tree.vfs.xattrs(ino),
             Whose::File(leaf, nid) => leaf.file(nid, ino).xattrs(),
+            Whose::Raw(leaf, nid) => leaf.raw().xattrs(nid),
             Whose::Above | Whose::Layer(_) => Ok(Vec::new()),
         }
     }
@@ -300,6 +327,7 @@ impl<R: Bring> FileSystem for Forest<R> {
         match self.whose(ino)? {
             Whose::Tree(tree) => tree.vfs.xattr(ino, name),
             Whose::File(leaf, nid) => leaf.file(nid, ino).xattr(name),
+            Whose::Raw(leaf, nid) => leaf.raw().xattr(nid, name),
             Whose::Above | Whose::Layer(_) => Ok(None),
         }
     }
@@ -308,7 +336,7 @@ impl<R: Bring> FileSystem for Forest<R> {
     fn totals(&self, ino: u64) -> Totals {
         match self.whose(ino) {
             Ok(Whose::Tree(tree)) => tree.vfs.totals(),
-            Ok(Whose::File(leaf, _) | Whose::Layer(leaf)) => leaf.totals(),
+            Ok(Whose::File(leaf, _) | Whose::Layer(leaf) | Whose::Raw(leaf, _)) => leaf.totals(),
             Ok(Whose::Above) | Err(_) => {
                 let tables = self.tables();
                 tables.layers.values().map(|record| record.leaf.totals()).fold(Totals::default(), |sum, layer| Totals {
@@ -325,7 +353,7 @@ impl<R: Bring> FileSystem for Forest<R> {
     }
 
     fn may_change(&self, dir: u64) -> bool {
-        matches!(dir, SNAPSHOTS_INO | LAYERS_INO)
+        matches!(dir, SNAPSHOTS_INO | LAYERS_INO | RAW_INO)
     }
 
     fn bring(&self, ino: u64, missing: Missing, purpose: Purpose, done: Done) {
@@ -336,7 +364,7 @@ impl<R: Bring> FileSystem for Forest<R> {
         };
         match self.whose(ino) {
             Ok(Whose::Tree(tree)) => from(tree.vfs.source(missing.layer, missing.device), missing.range),
-            Ok(Whose::File(leaf, _) | Whose::Layer(leaf)) => {
+            Ok(Whose::File(leaf, _) | Whose::Layer(leaf) | Whose::Raw(leaf, _)) => {
                 from(leaf.layer.image().source(missing.device), missing.range);
             }
             Ok(Whose::Above) | Err(_) => {}
@@ -365,7 +393,7 @@ impl<R: Bring> FileSystem for Forest<R> {
                 let leaf = tree.leaves.get(usize::from(layer))?;
                 Some(format!("layer {} of snapshot {}", leaf.diff_id, tree.name))
             }
-            Whose::File(leaf, _) | Whose::Layer(leaf) => Some(format!("layer {}", leaf.diff_id)),
+            Whose::File(leaf, _) | Whose::Layer(leaf) | Whose::Raw(leaf, _) => Some(format!("layer {}", leaf.diff_id)),
         }
     }
 }

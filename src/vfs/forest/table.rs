@@ -1,13 +1,14 @@
 //! What stands in a forest, and what keeps it there.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::SystemTime;
 
+use super::super::raw::Raw;
 use super::super::slots::{SLOTS, layer_file};
 use super::super::{KernelMemory, Layer, Stat, Vfs};
-use super::{Forest, ForestError, LayerSlot};
+use super::{ForestError, LayerSlot};
 use crate::model::{Attributes, DeviceNumber, DiffId, FileKind, Name, ReadAt, Timestamp};
 
 /// A snapshot.
@@ -27,18 +28,23 @@ pub(super) struct Tree<R> {
 pub(super) struct Leaf<R> {
     pub(super) slot: u32,
     pub(super) diff_id: DiffId,
-    pub(super) name: String,
     pub(super) layer: Arc<Layer<R>>,
     /// What `stat` tells of its file.
     pub(super) file: Stat,
+    /// What `stat` tells of its root directory as it is, if that has a number.
+    pub(super) raw: Option<Stat>,
     /// To its file.
     pub(super) references: References,
+    /// To that root.
+    pub(super) raw_references: References,
 }
 
 pub(super) struct LayerRecord<R> {
     pub(super) leaf: Arc<Leaf<R>>,
     /// How often it was added and not removed.
     pub(super) listed: u32,
+    /// What its file is called while it is listed.
+    pub(super) name: String,
     /// How often snapshots have it.
     shown: u32,
     /// The kernel may remember files of it when nothing keeps it any more.
@@ -56,10 +62,14 @@ pub(super) struct Tables<R> {
     pub(super) trees: BTreeMap<u32, TreeRecord<R>>,
     /// The listed snapshots.
     pub(super) names: BTreeMap<Name, u32>,
+    /// The files of listed layers.
+    pub(super) files: BTreeMap<String, u32>,
     /// Every layer that ever was, so that it has its numbers again when it comes again. Some 100 bytes each.
-    pub(super) slots: HashMap<DiffId, u32>,
-    /// Every slot that was ever given to a layer.
+    slots: HashMap<DiffId, u32>,
+    /// Every slot that was ever given to a layer, and the layer that had it last.
     diff_ids: HashMap<u32, DiffId>,
+    /// Slots of which the kernel may remember files of a layer that went.
+    burnt: HashSet<u32>,
     next_layer: u32,
     next_tree: u32,
     /// When the list of layers and that of snapshots changed.
@@ -73,8 +83,10 @@ impl<R> Default for Tables<R> {
             layers: BTreeMap::new(),
             trees: BTreeMap::new(),
             names: BTreeMap::new(),
+            files: BTreeMap::new(),
             slots: HashMap::new(),
             diff_ids: HashMap::new(),
+            burnt: HashSet::new(),
             next_layer: 0,
             next_tree: 0,
             layers_changed: now(),
@@ -151,37 +163,49 @@ impl<R: ReadAt> Tables<R> {
         &mut self,
         diff_id: DiffId,
         layer: Arc<Layer<R>>,
+        root: Option<Attributes>,
         wanted: Option<u32>,
     ) -> Result<u32, ForestError> {
         let slot = self.layer_slot(diff_id, wanted)?;
         let record = self.layers.entry(slot).or_insert_with(|| {
             let file = layer_stat(slot, &layer);
-            let name = Forest::<R>::layer_name(&diff_id);
-            let leaf = Arc::new(Leaf { slot, diff_id, name, layer, file, references: References::default() });
-            LayerRecord { leaf, listed: 0, shown: 0, cut: false }
+            let nid = layer.image().root().0;
+            let raw = Raw { layer: &layer, slot }.file(nid).ok().zip(root).map(|(file, root)| file.describe(root));
+            let leaf = Arc::new(Leaf {
+                slot,
+                diff_id,
+                layer,
+                file,
+                raw,
+                references: References::default(),
+                raw_references: References::default(),
+            });
+            LayerRecord { leaf, listed: 0, name: String::new(), shown: 0, cut: false }
         });
+        if record.listed == 0 {
+            let plain = diff_id.to_string();
+            record.name = if self.files.contains_key(&plain) { format!("{plain}.{slot}") } else { plain };
+            self.files.insert(record.name.clone(), slot);
+        }
         record.listed = record.listed.saturating_add(1);
         self.layers_changed = now();
         Ok(slot)
     }
 
     fn layer_slot(&mut self, diff_id: DiffId, wanted: Option<u32>) -> Result<u32, ForestError> {
-        if let Some(&slot) = self.slots.get(&diff_id) {
-            return match wanted {
-                Some(wanted) if wanted != slot => Err(ForestError::OtherSlot { diff_id, slot, wanted }),
-                _ => Ok(slot),
-            };
-        }
-        let slot = match wanted {
-            Some(slot) if slot >= SLOTS => return Err(ForestError::NoSuchSlot(slot)),
-            Some(slot) => match self.diff_ids.get(&slot) {
-                Some(other) => {
+        let slot = match (wanted, self.slots.get(&diff_id)) {
+            (Some(slot), _) if slot >= SLOTS => return Err(ForestError::NoSuchSlot(slot)),
+            (Some(slot), _) => {
+                let other = self.layers.get(&slot).map(|record| record.leaf.diff_id).filter(|other| *other != diff_id);
+                let other = other.or_else(|| self.diff_ids.get(&slot).copied().filter(|_| self.burnt.contains(&slot)));
+                if let Some(other) = other {
                     let (to, taken_by) = (format!("layer {diff_id}"), format!("layer {other}"));
                     return Err(ForestError::SlotTaken { slot, to, taken_by });
                 }
-                None => slot,
-            },
-            None => {
+                slot
+            }
+            (None, Some(slot)) => *slot,
+            (None, None) => {
                 while self.diff_ids.contains_key(&self.next_layer) {
                     self.next_layer += 1;
                 }
@@ -191,8 +215,13 @@ impl<R: ReadAt> Tables<R> {
                 self.next_layer
             }
         };
-        self.slots.insert(diff_id, slot);
-        self.diff_ids.insert(slot, diff_id);
+        if let Some(before) = self.diff_ids.insert(slot, diff_id)
+            && before != diff_id
+            && self.slots.get(&before) == Some(&slot)
+        {
+            self.slots.remove(&before);
+        }
+        self.slots.entry(diff_id).or_insert(slot);
         Ok(slot)
     }
 
@@ -204,7 +233,8 @@ impl<R: ReadAt> Tables<R> {
         if record.listed > 0 {
             return Ok((None, Garbage::none()));
         }
-        let name = record.leaf.name.clone();
+        let name = std::mem::take(&mut record.name);
+        self.files.remove(&name);
         self.layers_changed = now();
         Ok((Some(name), self.reap_layer(slot)))
     }
@@ -251,8 +281,10 @@ impl<R: ReadAt> Tables<R> {
         for leaf in &tree.leaves {
             // One that was taken away in between comes back with its snapshot, in its own slot.
             let record = self.layers.entry(leaf.slot);
-            let record =
-                record.or_insert_with(|| LayerRecord { leaf: Arc::clone(leaf), listed: 0, shown: 0, cut: false });
+            let record = record.or_insert_with(|| {
+                let leaf = Arc::clone(leaf);
+                LayerRecord { leaf, listed: 0, name: String::new(), shown: 0, cut: false }
+            });
             record.shown = record.shown.saturating_add(1);
         }
         self.names.insert(tree.name.clone(), tree.slot);
@@ -306,13 +338,19 @@ impl<R: ReadAt> Tables<R> {
     /// Stops to serve a layer that nothing keeps.
     pub(super) fn reap_layer(&mut self, slot: u32) -> Garbage<R> {
         let mut garbage = Garbage::none();
-        let kept = |record: &LayerRecord<R>| record.listed > 0 || record.shown > 0 || record.leaf.references.any();
+        let kept = |record: &LayerRecord<R>| {
+            let known = record.leaf.references.any() || record.leaf.raw_references.any();
+            record.listed > 0 || record.shown > 0 || known
+        };
         if self.layers.get(&slot).is_some_and(|record| !kept(record))
             && let Some(record) = self.layers.remove(&slot)
         {
             if record.cut {
                 // Should other bytes ever come under this name, what the kernel remembers must not be taken for them.
-                self.slots.remove(&record.leaf.diff_id);
+                self.burnt.insert(slot);
+                if self.slots.get(&record.leaf.diff_id) == Some(&slot) {
+                    self.slots.remove(&record.leaf.diff_id);
+                }
             }
             garbage.leaves.push(record.leaf);
         }
@@ -327,6 +365,7 @@ impl<R: ReadAt> Tables<R> {
         }
         for record in self.layers.values() {
             record.leaf.references.set(presumed);
+            record.leaf.raw_references.set(presumed);
         }
         let trees: Vec<u32> = self.trees.keys().copied().collect();
         let layers: Vec<u32> = self.layers.keys().copied().collect();

@@ -64,7 +64,7 @@ impl<'a> Daemon<'a> {
         self.log()
     }
 
-    fn kill(mut self) {
+    pub(crate) fn kill(mut self) {
         self.signal(Signal::KILL);
         self.child.wait().unwrap();
     }

@@ -19,6 +19,7 @@ mod fetch;
 mod forest;
 mod grpc;
 mod layers;
+mod lazy;
 mod mount;
 mod mount_judge;
 mod mounts;

@@ -112,10 +112,11 @@ impl Stage {
         let registry = Registry::start(&program.make("registry"), "");
         let at = |name: &str| program.path(name);
         let text = format!(
-            "run = {:?}\n[registry]\ncerts_d = [{:?}]\ndocker_config = {:?}\n{settings}",
+            "run = {:?}\n[registry]\ncerts_d = [{:?}]\ndocker_config = {:?}\n[containerd]\naddress = {:?}\n{settings}",
             at("run"),
             at("certs.d"),
-            at("docker-config.json")
+            at("docker-config.json"),
+            at("c/sock")
         );
         fs::write(at("config.toml"), text).unwrap();
         let hosts = at("certs.d").join(registry.host());

@@ -18,11 +18,11 @@ use tokio::sync::oneshot;
 
 use super::api::{Api, Judge};
 use super::config::{Config as Settings, LogLevel};
-use super::host::Host;
+use super::host::{Host, Shelf};
 use super::metrics;
 use super::mounts::{Entry, Mounts};
 use super::node::diff::{ContentStore, NodeDiffer, WithTars};
-use super::node::layers::Nothing;
+use super::node::layers::Shelves;
 use super::node::lazy::Lazy;
 use super::node::{Node, NodeOptions};
 use super::notify::Notify;
@@ -140,7 +140,8 @@ fn containerd_node(host: &Arc<Host>) -> anyhow::Result<Option<Node>> {
     let runtime = host.house().runtime().clone();
     let lazy = Lazy::new(host.house(), (&settings.containerd).into(), &settings.containerd.address);
     let layers = WithTars::new(host.house().fetcher()?.clone(), lazy);
-    Node::new(Arc::clone(snapshots), Arc::new(layers), Arc::new(Nothing), options, runtime).map(Some)
+    let shelves: Arc<dyn Shelves> = Arc::<Shelf>::clone(host.shelf());
+    Node::new(Arc::clone(snapshots), Arc::new(layers), shelves, options, runtime).map(Some)
 }
 
 /// Who applies layers that containerd has downloaded.

@@ -170,7 +170,7 @@ impl Shelf {
             scratch: settings.root.clone(),
             patience: settings.fetch.deadline,
             place,
-            wanted: Wanted::Auto,
+            wanted: settings.containerd.driver,
             capabilities: OnceLock::new(),
             ground: Mutex::default(),
             numbers: Mutex::default(),

@@ -261,7 +261,7 @@ impl LayerImage {
         done: impl FnOnce(Result<(), Arc<FetchError>>) + Send + 'static,
     ) {
         match &self.body {
-            Body::Whole(whole) => whole.request(self, range, done),
+            Body::Whole(whole) => whole.request(self, range, cause, done),
             Body::Chunked(chunked) => self.request_chunks(chunked, range, cause, done),
         }
     }

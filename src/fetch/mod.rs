@@ -35,6 +35,7 @@ mod shared;
 mod slowest;
 mod spare;
 mod standing;
+mod stream;
 mod table;
 mod verify;
 mod waiter;
@@ -53,6 +54,7 @@ pub use layer::{LayerImage, LayerState, LayerStatus};
 pub use room::Room;
 pub use slowest::SlowRead;
 pub use standing::{LocalLayer, Standing};
+pub use stream::BlobStream;
 
 use crate::chunked::Compression;
 use crate::model::{BlobDigest, BlobSource, DiffId};
@@ -195,6 +197,12 @@ impl Fetcher {
         let layer = open::open_layer(&self.shared, spec, source).await.map_err(Arc::new)?;
         *opened = Arc::downgrade(&layer);
         Ok(layer)
+    }
+
+    /// A blob of `size` bytes from start to end, for who cannot use it in pieces. It comes as fills do: behind what
+    /// somebody waits for, within their limits, and goes on where a connection broke. `attempt` is how often its bytes were wrong.
+    pub fn stream(&self, blob: BlobDigest, size: u64, source: Arc<dyn BlobSource>, attempt: u32) -> BlobStream {
+        stream::open(&self.shared, blob, size, source, attempt)
     }
 
     /// A layer all of which is in `file`.

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use tokio::runtime::Handle;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
 use super::budget::Budget;
@@ -53,6 +53,8 @@ pub(super) struct Shared {
     next_layer: AtomicU32,
     /// How many flights somebody waits for.
     pub(super) demand: watch::Sender<usize>,
+    /// Wakes streams when a connection is free.
+    pub(super) freed: Notify,
 }
 
 pub(super) struct State {
@@ -108,12 +110,20 @@ impl Speed {
 struct Running {
     all: usize,
     background: usize,
+    /// Those of the background that last for as long as a blob takes.
+    streams: usize,
 }
 
 impl Running {
     fn admits(&self, cause: Cause, config: &FetchConfig) -> bool {
         let background = config.background_connections.max(1);
         self.all < config.connections.max(1) && (cause.is_demand() || self.background < background)
+    }
+
+    /// Streams leave a connection to what comes and goes, if there is more than one.
+    fn admits_stream(&self, cause: Cause, config: &FetchConfig) -> bool {
+        let most = config.background_connections.saturating_sub(1).max(1);
+        self.admits(cause, config) && (cause.is_demand() || self.streams < most)
     }
 }
 
@@ -133,6 +143,7 @@ impl Shared {
             ranks: Mutex::default(),
             next_layer: AtomicU32::new(0),
             demand: watch::Sender::new(0),
+            freed: Notify::new(),
             runtime,
         });
         shared.runtime.spawn(sweep(Arc::downgrade(&shared)));
@@ -208,6 +219,38 @@ impl Shared {
         state.running.all -= 1;
         state.running.background -= usize::from(!flight.cause.is_demand());
         self.demand.send_replace(state.running.all - state.running.background);
+        drop(state);
+        self.freed.notify_waiters();
+    }
+
+    /// Counts a stream, if there is a connection for it.
+    pub(super) fn begin_stream(&self, cause: Cause) -> bool {
+        let mut state = self.lock();
+        let running = &mut state.running;
+        if !running.admits_stream(cause, &self.config) {
+            return false;
+        }
+        running.all += 1;
+        if !cause.is_demand() {
+            running.background += 1;
+            running.streams += 1;
+        }
+        self.demand.send_replace(running.all - running.background);
+        true
+    }
+
+    /// A stream is over, or rests.
+    pub(super) fn end_stream(&self, cause: Cause) {
+        let mut state = self.lock();
+        let running = &mut state.running;
+        running.all -= 1;
+        if !cause.is_demand() {
+            running.background -= 1;
+            running.streams -= 1;
+        }
+        self.demand.send_replace(running.all - running.background);
+        drop(state);
+        self.freed.notify_waiters();
     }
 
     /// Answers whoever waits for `key`.

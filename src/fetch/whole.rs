@@ -2,16 +2,15 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use bytes::Bytes;
-use futures::StreamExt as _;
 use tokio::sync::mpsc;
-use tokio::time::timeout;
 
 use super::counters::add;
+use super::stream::{PIECES, Streaming};
 use super::waiter::Waiter;
-use super::{FetchError, LayerImage, LayerSpec, LayerState, Standing};
+use super::{Cause, FetchError, LayerImage, LayerSpec, LayerState, Standing};
 use crate::chunked::{Compression, SequentialError, SequentialReader};
 use crate::model::{BlobSource as _, ByteRange, Hasher};
 use crate::store::{BlobFile, StoreError, WholeWriter};
@@ -21,12 +20,6 @@ const MAX_IMAGE_SIZE: u64 = 256 << 30;
 
 /// How often the whole blob is fetched before its readers fail.
 const ATTEMPTS: u32 = 2;
-
-/// How often a broken connection is replaced without a byte having come.
-const RETRIES: u32 = 3;
-
-/// Pieces between the network and the disk. A piece is what one read of a socket gives, some 16 KiB.
-const PIECES: usize = 32;
 
 /// A layer that can only be had from start to end.
 pub(super) struct Whole {
@@ -82,6 +75,7 @@ impl Whole {
         &self,
         layer: &Arc<LayerImage>,
         range: ByteRange,
+        cause: Cause,
         done: impl FnOnce(Result<(), Arc<FetchError>>) + Send + 'static,
     ) {
         if self.file().is_some() {
@@ -101,7 +95,7 @@ impl Whole {
             }
         };
         if begin {
-            let promise = Promise { layer: Arc::clone(layer), result: None };
+            let promise = Promise { layer: Arc::clone(layer), cause, result: None };
             layer.shared.runtime.spawn(bring(promise));
         }
     }
@@ -110,6 +104,8 @@ impl Whole {
 /// Answers everybody who waits for the layer when it is dropped.
 struct Promise {
     layer: Arc<LayerImage>,
+    /// That of the first who asked.
+    cause: Cause,
     result: Option<Result<(), Arc<FetchError>>>,
 }
 
@@ -130,7 +126,7 @@ async fn bring(mut promise: Promise) {
     let super::layer::Body::Whole(whole) = &layer.body else { return };
     let mut attempt = 0;
     let result = loop {
-        let result = fetch(&layer, whole, attempt).await;
+        let result = fetch(&layer, whole, attempt, promise.cause).await;
         attempt += 1;
         match result {
             Err(error @ FetchError::BlobDigest { .. }) if attempt < ATTEMPTS => {
@@ -157,13 +153,19 @@ async fn bring(mut promise: Promise) {
     });
 }
 
-async fn fetch(layer: &Arc<LayerImage>, whole: &Whole, attempt: u32) -> Result<Arc<BlobFile>, FetchError> {
+async fn fetch(
+    layer: &Arc<LayerImage>,
+    whole: &Whole,
+    attempt: u32,
+    cause: Cause,
+) -> Result<Arc<BlobFile>, FetchError> {
     let blob = layer.spec.blob;
-    whole.received.store(0, Ordering::Relaxed);
     let (sender, pieces) = mpsc::channel(PIECES);
     let of_worker = Arc::clone(layer);
     let worker = layer.shared.runtime.spawn_blocking(move || unpack(&of_worker, pieces));
-    let streamed = stream(layer, whole, attempt, &sender).await;
+    let (shared, source, size, counting) = (&layer.shared, &layer.source, layer.spec.blob_size, &layer.counting);
+    let streaming = Streaming { shared, source, blob, size, attempt, cause, counting };
+    let streamed = streaming.run(&whole.received, &sender).await;
     drop(sender);
     // The worker's complaint comes first: it is why nobody took the rest of the stream.
     let unpacked = worker.await.map_err(|_| FetchError::Abandoned { blob })?;
@@ -172,56 +174,6 @@ async fn fetch(layer: &Arc<LayerImage>, whole: &Whole, attempt: u32) -> Result<A
         (Err(error), _) | (_, Err(error)) => Err(error),
         (Ok(None), Ok(())) => Err(FetchError::Abandoned { blob }),
     }
-}
-
-/// Sends the blob to the worker, through as many connections as it takes.
-async fn stream(
-    layer: &LayerImage,
-    whole: &Whole,
-    attempt: u32,
-    pieces: &mpsc::Sender<Bytes>,
-) -> Result<(), FetchError> {
-    let (blob, size, config) = (layer.spec.blob, layer.spec.blob_size, &layer.shared.config);
-    let mut received = 0;
-    let mut failures = 0;
-    while received < size {
-        let range = ByteRange::new(received, size).unwrap_or(ByteRange::to(size));
-        let silent = |what| FetchError::Interrupted { blob, range, origin: layer.source.origin(), what };
-        let failed = |source| FetchError::WholeSource { blob, source: Box::new(source) };
-        add(&layer.counting.requests, 1);
-        let mut stream = timeout(config.open_timeout, layer.source.open(blob, range, attempt))
-            .await
-            .map_err(|_| silent("no answer in time"))?
-            .map_err(failed)?;
-        let before = received;
-        let broken = loop {
-            if received == size {
-                return Ok(());
-            }
-            let mut piece = match timeout(config.stall_timeout, stream.next()).await {
-                Ok(Some(Ok(piece))) => piece,
-                Ok(Some(Err(error))) if error.transient => break failed(error),
-                Ok(Some(Err(error))) => return Err(failed(error)),
-                Ok(None) => break silent("the answer ended early"),
-                Err(_) => break silent("nothing came for too long"),
-            };
-            add(&layer.counting.fetched, piece.len() as u64);
-            piece.truncate(usize::try_from(size - received).unwrap_or(usize::MAX));
-            received += piece.len() as u64;
-            whole.received.store(received, Ordering::Relaxed);
-            if pieces.send(piece).await.is_err() {
-                // The worker has given up and says why.
-                return Ok(());
-            }
-        };
-        failures = if received > before { 1 } else { failures + 1 };
-        if failures > RETRIES {
-            return Err(broken);
-        }
-        add(&layer.counting.retries, 1);
-        tokio::time::sleep(Duration::from_millis(100) * 2_u32.pow(failures - 1)).await;
-    }
-    Ok(())
 }
 
 /// Inflates, hashes and writes what comes. None if the blob ended early: why is known elsewhere.

@@ -7,7 +7,6 @@ use crate::convert::layer::LayerError;
 use crate::fetch::FetchError;
 use crate::model::{BlobDigest, ChainId, DiffId};
 use crate::store::StoreError;
-use crate::transport::TransportError;
 
 /// Why a layer did not become local.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -20,15 +19,6 @@ pub enum UnpackError {
         /// What is missing, and why.
         #[source]
         source: Arc<FetchError>,
-    },
-    /// The blob of a tar layer did not come.
-    #[error("cannot fetch layer {blob}")]
-    Source {
-        /// The layer's blob.
-        blob: BlobDigest,
-        /// Why.
-        #[source]
-        source: Arc<TransportError>,
     },
     /// The blob of a tar layer broke off, has wrong bytes or does not decompress.
     #[error("cannot read layer {blob}")]

@@ -23,13 +23,13 @@ use crate::convert::below::{Below, LayerBelow, Lower, ReadAhead, Root};
 use crate::convert::direct::{ImageOut, unpack_layer};
 use crate::convert::layer::LayerError;
 use crate::erofs::writer::LayerRole;
-use crate::fetch::{Fetcher, LayerImage, TarLayer};
+use crate::fetch::{BlobStream, Fetcher, LayerImage, TarLayer};
 use crate::model::{ChainId, DiffId};
 use crate::oci::Descriptor;
 use crate::store::{Anchor, BlobFile, StoreError, Verdict, WholeWriter};
 use crate::tar::Problem;
 use crate::tar::decompress::{self, BlobCheck};
-use crate::transport::{BlobReader, ImageSource};
+use crate::transport::ImageSource;
 
 /// Layers at a time. Each takes a core for inflating and most of one for the tar, and holds its tree in memory (some 150
 /// bytes for each entry) and 4 MiB of buffers.
@@ -37,7 +37,7 @@ fn jobs() -> usize {
     std::thread::available_parallelism().map_or(2, std::num::NonZero::get).clamp(2, 8)
 }
 
-/// How often a blob is read before its layer fails. The source itself tries again what breaks before its first byte.
+/// How often a blob is read from its start before its layer fails. A connection that breaks is replaced where it broke.
 const ATTEMPTS: u32 = 3;
 
 fn complain(error: &UnpackError) {
@@ -185,33 +185,29 @@ impl Work {
             return Ok((work.number, layer));
         }
         let (mut work, permit) = (work, Arc::new(permit));
-        let mut attempt = 1;
+        let mut attempt = 0;
         loop {
-            let error = match work.shop.source.reader(&work.shop.runtime, &work.descriptor).await {
-                Err(source) => UnpackError::Source { blob, source: Arc::new(source) },
-                Ok(reader) => {
-                    // The thread holds the permit as well: it works until it has noticed that it should not.
-                    let permit = Arc::clone(&permit);
-                    let (back, unpacked) = work
-                        .blocking(move |work| {
-                            let _permit = permit;
-                            work.unpack(reader)
-                        })
-                        .await?;
-                    work = back;
-                    match unpacked {
-                        Ok(layer) => return Ok((work.number, layer)),
-                        Err(error) => error,
-                    }
-                }
+            let (descriptor, source) = (&work.descriptor, work.shop.source.blobs());
+            let reader = work.shop.fetcher.stream(blob, descriptor.size, source, attempt);
+            // The thread holds the permit as well: it works until it has noticed that it should not.
+            let permit = Arc::clone(&permit);
+            let (back, unpacked) = work
+                .blocking(move |work| {
+                    let _permit = permit;
+                    work.unpack(reader)
+                })
+                .await?;
+            work = back;
+            let error = match unpacked {
+                Ok(layer) => return Ok((work.number, layer)),
+                Err(error) => error,
             };
-            // A connection that broke, or bytes that were wrong: the whole stream is asked for once more.
-            let again = matches!(error, UnpackError::Source { .. } | UnpackError::Read { .. });
-            if !again || attempt == ATTEMPTS {
+            attempt += 1;
+            // Bytes that were wrong, or that came no further: the whole stream is asked for once more.
+            if !matches!(error, UnpackError::Read { .. }) || attempt == ATTEMPTS {
                 return Err(error);
             }
             complain(&error);
-            attempt += 1;
         }
     }
 
@@ -266,7 +262,7 @@ impl Work {
         Ok(self.shop.fetcher.unpacked_layer(layer, file))
     }
 
-    fn unpack(&self, reader: BlobReader) -> Result<Arc<LayerImage>, UnpackError> {
+    fn unpack(&self, reader: BlobStream) -> Result<Arc<LayerImage>, UnpackError> {
         let blob = self.descriptor.digest;
         let read = |source| UnpackError::Read { blob, source: Arc::new(source) };
         let store = self.shop.fetcher.store();

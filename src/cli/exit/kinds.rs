@@ -131,7 +131,6 @@ fn of_never_local(error: &NeverLocal) -> Option<Problem> {
 fn of_unpack(error: &UnpackError) -> Option<Problem> {
     match error {
         UnpackError::Fetch { source, .. } => of_fetch(source),
-        UnpackError::Source { source, .. } => of_transport(source),
         UnpackError::Read { source, .. } => of_io_or_inside(source),
         UnpackError::Tar { source, .. } => of_layer(source),
         UnpackError::Store { source, .. } => of_store(source),

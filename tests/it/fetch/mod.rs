@@ -5,6 +5,7 @@ mod fills;
 mod hardship;
 mod layers;
 mod reads;
+mod streams;
 
 use std::path::Path;
 use std::sync::Arc;

@@ -56,7 +56,7 @@ pub(super) fn of_differ(error: &DifferError) -> Status {
 
 fn of_unpack(error: &UnpackError) -> Code {
     match error {
-        UnpackError::Fetch { .. } | UnpackError::Source { .. } | UnpackError::Read { .. } => Code::Unavailable,
+        UnpackError::Fetch { .. } | UnpackError::Read { .. } => Code::Unavailable,
         UnpackError::Tar { .. }
         | UnpackError::DiffId { .. }
         | UnpackError::Misplaced { .. }

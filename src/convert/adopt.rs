@@ -42,9 +42,7 @@ pub trait LowerLayers {
 
     /// Takes what this layer's root looks like, which is what the root of the layers up to this one looks like, as
     /// soon as it is known.
-    fn root_is(&mut self, root: &Metadata) {
-        let _ = root;
-    }
+    fn root_is(&mut self, _root: &Metadata) {}
 }
 
 /// What lower layers have where a directory is needed.

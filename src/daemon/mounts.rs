@@ -25,30 +25,22 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use crate::control::MountRecord;
 use crate::model::{Algorithm, Digest};
 use crate::sys::mount;
-use crate::sys::{FileLock, LockMode};
+use crate::sys::{FileError, FileLock, LockMode};
 
 /// Why the mounts of a root could not be looked at or changed.
 #[derive(Debug, thiserror::Error)]
 pub enum MountsError {
     /// The system refused.
-    #[error("cannot {action} {}", .path.display())]
-    Io {
-        /// What was attempted.
-        action: &'static str,
-        /// On which file.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Io(#[from] FileError),
     /// Another process of this root serves the mount point, or is about to.
     #[error("cannot mount on {}: another process of this root serves it", .0.display())]
     Taken(PathBuf),
 }
 
 fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> MountsError {
-    let path = path.to_owned();
-    move |source| MountsError::Io { action, path, source }
+    let error = FileError::of(action, path);
+    move |source| MountsError::Io(error(source))
 }
 
 /// The mounts of a root.

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::sys::{FileLock, LockMode};
+use crate::sys::{FileError, FileLock, LockMode};
 
 const LOCK: &str = "daemon.lock";
 
@@ -40,16 +40,8 @@ pub enum PlaceError {
         holder: Option<Holder>,
     },
     /// The system refused.
-    #[error("cannot {action} {}", .path.display())]
-    Io {
-        /// What was attempted.
-        action: &'static str,
-        /// On which file.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Io(#[from] FileError),
 }
 
 struct PidOr<'a>(Option<&'a Holder>);
@@ -64,8 +56,8 @@ impl std::fmt::Display for PidOr<'_> {
 }
 
 fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> PlaceError {
-    let path = path.to_owned();
-    move |source| PlaceError::Io { action, path, source }
+    let error = FileError::of(action, path);
+    move |source| PlaceError::Io(error(source))
 }
 
 /// That this process is the daemon of a root and a run directory, until it is dropped.

@@ -5,21 +5,14 @@ use std::path::PathBuf;
 
 use crate::model::BlobDigest;
 use crate::oci::DocumentError;
+use crate::sys::FileError;
 
 /// Why an image on disk could not be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum LayoutError {
     /// The system refused.
-    #[error("cannot {action} {}", .path.display())]
-    Io {
-        /// What was attempted.
-        action: &'static str,
-        /// On which file.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Io(#[from] FileError),
     /// The directory holds something else.
     #[error("{} is no OCI image layout: {reason}", .path.display())]
     NoLayout {
@@ -90,7 +83,7 @@ pub enum LayoutError {
 impl LayoutError {
     /// For `map_err` on I/O.
     pub(super) fn io(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
-        let path = path.into();
-        move |source| Self::Io { action, path, source }
+        let error = FileError::of(action, path);
+        move |source| Self::Io(error(source))
     }
 }

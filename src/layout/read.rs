@@ -58,7 +58,7 @@ impl LayoutReader {
         if !path.is_dir() {
             let source = std::fs::read_dir(path).map(drop).err();
             let source = source.unwrap_or_else(|| std::io::ErrorKind::NotADirectory.into());
-            return Err(LayoutError::Io { action: "open the layout", path: path.to_owned(), source });
+            return Err(LayoutError::io("open the layout", path)(source));
         }
         Self::layout(path, Store::Directory(path.to_owned()), image)
     }

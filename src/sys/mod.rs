@@ -1,6 +1,7 @@
 //! System calls that need care, and the only unsafe code.
 
 pub mod descriptors;
+mod file_error;
 pub mod fuse;
 mod hole;
 mod lock;
@@ -10,6 +11,7 @@ pub mod mount;
 mod process;
 pub mod stack;
 
+pub use file_error::FileError;
 pub use hole::punch_hole;
 pub use lock::{FileLock, LockMode};
 pub use map::SharedBytes;

@@ -76,16 +76,28 @@ impl ImageSource {
     pub async fn images(&self) -> Result<Vec<ResolvedImage>, TransportError> {
         let entries = self.entries().await?;
         let mut images = Vec::new();
+        let at_top = entries.index.iter().flat_map(|index| &index.manifests).map(|entry| entry.digest);
+        let at_top: std::collections::HashSet<_> = at_top.collect();
+        // What stands in the reference's own index is known to whoever asks, and copied; of what stands deeper only images are.
+        let leave_out = |entry: &Descriptor| {
+            if !at_top.contains(&entry.digest) {
+                tracing::warn!(manifest = %entry.digest, "what is no image and stands in an index inside of the index is left out");
+            }
+        };
         for entry in &entries.manifests {
             let is_unknown = entry.platform.as_ref().is_some_and(|platform| platform.os == "unknown");
             if is_unknown {
+                leave_out(entry);
                 continue;
             }
             match self.load(&entries, entry.clone()).await {
                 Ok(image) => images.push(image),
                 // A signature need not say that it is no image.
                 Err(TransportError::Document { source: DocumentError::NoImage(_), .. })
-                    if entry.platform.is_none() && entries.single.is_none() => {}
+                    if entry.platform.is_none() && entries.single.is_none() =>
+                {
+                    leave_out(entry);
+                }
                 Err(error) => return Err(error),
             }
         }

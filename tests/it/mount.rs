@@ -17,7 +17,7 @@ use rustix::io::Errno;
 use rustix::mount::MountFlags;
 
 use headstart::erofs::writer::LayerRole;
-use headstart::fuse::{ServeError, ServeOptions, serve};
+use headstart::fuse::{ServeError, ServeOptions, Server, serve};
 use headstart::model::{DeviceNumber, EntryKind};
 use headstart::sys::mount::{MountError, Unmount, check_mount_point, mount_writable, unmount};
 use headstart::testkit::images::{
@@ -488,8 +488,8 @@ fn unmounting_from_outside_ends_the_session() {
     assert!(server.wait_for(Duration::from_secs(60)));
 }
 
-#[test]
-fn a_server_that_ends_lets_nobody_wait() {
+/// A mount, and somebody who reads a file of it whose bytes do not come.
+fn somebody_waits() -> (Server, Arc<LazyBytes>, tempfile::TempDir, thread::JoinHandle<Result<Vec<u8>, Option<Errno>>>) {
     let layer = lazy(&[file("never", &pattern(10_000))]);
     let target = dir();
     let server = mount(std::slice::from_ref(&layer), target.path());
@@ -497,19 +497,19 @@ fn a_server_that_ends_lets_nobody_wait() {
     let path = target.path().join("never");
     let reader = thread::spawn(move || fs::read(path).map_err(|e| errno(&e)));
     layer.wait_for_held(1);
+    (server, layer, target, reader)
+}
+
+#[test]
+fn a_server_that_ends_lets_nobody_wait() {
+    let (server, _layer, _target, reader) = somebody_waits();
     drop(server);
     assert_eq!(reader.join().unwrap(), Err(Some(Errno::IO)));
 }
 
 #[test]
 fn unmounting_answers_those_who_wait() {
-    let layer = lazy(&[file("never", &pattern(10_000))]);
-    let target = dir();
-    let server = mount(std::slice::from_ref(&layer), target.path());
-    layer.script(|_, purpose| if purpose == Purpose::Read { Reaction::Hold } else { Reaction::Soon });
-    let path = target.path().join("never");
-    let reader = thread::spawn(move || fs::read(path).map_err(|e| errno(&e)));
-    layer.wait_for_held(1);
+    let (server, layer, _target, reader) = somebody_waits();
     server.unmount(Unmount::Lazy).unwrap();
     assert!(!reader.is_finished());
     layer.script(|_, _| Reaction::Now);

@@ -203,7 +203,7 @@ fn of_transport(error: &TransportError) -> Option<Problem> {
 
 fn of_layout(error: &LayoutError) -> Option<Problem> {
     match error {
-        LayoutError::Io { source, .. } => Some(of_io(source)),
+        LayoutError::Io(error) => Some(of_io(&error.source)),
         LayoutError::NoLayout { .. } | LayoutError::Ambiguous { .. } => Some(Problem::Usage),
         LayoutError::Archive { .. } | LayoutError::Size { .. } => Some(Problem::Corrupt),
         LayoutError::Document { source, .. } => of_document(source),
@@ -499,14 +499,14 @@ fn of_driver(error: &DriverError) -> Option<Problem> {
 
 fn of_mounts(error: &MountsError) -> Option<Problem> {
     match error {
-        MountsError::Io { source, .. } => Some(of_io(source)),
+        MountsError::Io(error) => Some(of_io(&error.source)),
         MountsError::Taken(_) => Some(Problem::MountPoint),
     }
 }
 
 fn of_place(error: &PlaceError) -> Option<Problem> {
     match error {
-        PlaceError::Io { source, .. } => Some(of_io(source)),
+        PlaceError::Io(error) => Some(of_io(&error.source)),
         PlaceError::Taken { .. } => Some(Problem::Usage),
     }
 }

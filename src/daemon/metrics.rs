@@ -3,12 +3,14 @@
 //! ```text
 //! GET /metrics    Prometheus's text format 0.0.4
 //! GET /healthz    200 while the process answers
-//! GET /readyz     200 when the mounts of a daemon before it are back and as long as it is not about to end, else 503
+//! GET /readyz     200 when the mounts of a daemon before it are back, as long as it is not about to end and, if containerd is
+//!                 served, while its socket answers; else 503
 //! ```
 //!
 //! Names come from `observe` alone. Nothing here changes anything, and nothing secret is told.
 
 use std::fmt::Write as _;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use axum::Router;
@@ -21,32 +23,45 @@ use axum::routing::get;
 use super::api::Api;
 use crate::control::Served as _;
 use crate::fetch::Counters;
-use crate::grpc::{Calls, Tally};
+use crate::grpc::{Calls, Tally, snapshotter_answers};
 use crate::observe::{CALL_METRICS, CALL_SECONDS, FETCH_METRICS, HOST_METRICS, HOST_METRICS_LEN, Metric};
 
 /// What the listener answers.
-pub(super) fn router(api: Arc<Api>, calls: Arc<Calls>) -> Router {
+pub(super) fn router(api: Arc<Api>, calls: Arc<Calls>, snapshotter: Option<PathBuf>) -> Router {
     Router::new()
         .route("/metrics", get(metrics))
         .route("/healthz", get(async || "healthy\n"))
         .route("/readyz", get(ready))
-        .with_state(Watched { api, calls })
+        .with_state(Watched { api, calls, snapshotter })
 }
 
 #[derive(Clone)]
 struct Watched {
     api: Arc<Api>,
     calls: Arc<Calls>,
+    /// The socket that containerd is served on, if it is.
+    snapshotter: Option<PathBuf>,
 }
 
-async fn ready(State(Watched { api, .. }): State<Watched>) -> (StatusCode, &'static str) {
-    match api.health().ready {
-        true => (StatusCode::OK, "ready\n"),
-        false => (StatusCode::SERVICE_UNAVAILABLE, "not ready\n"),
+async fn ready(State(Watched { api, snapshotter, .. }): State<Watched>) -> (StatusCode, String) {
+    if !api.health().ready {
+        return (
+            StatusCode::SERVICE_UNAVAILABLE,
+            "not ready: mounts are brought back, or the end has begun\n".to_owned(),
+        );
+    }
+    // Whether the very socket answers, not what this process believes: another one may have taken its name.
+    let answer = match &snapshotter {
+        Some(socket) => snapshotter_answers(socket).await,
+        None => Ok(()),
+    };
+    match answer {
+        Ok(()) => (StatusCode::OK, "ready\n".to_owned()),
+        Err(why) => (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: containerd gets no answer: {why}\n")),
     }
 }
 
-async fn metrics(State(Watched { api, calls }): State<Watched>) -> impl IntoResponse {
+async fn metrics(State(Watched { api, calls, .. }): State<Watched>) -> impl IntoResponse {
     let text = tokio::task::spawn_blocking(move || text(&api.counters(), &api.gauges(), &calls)).await;
     match text {
         Ok(text) => (StatusCode::OK, [(CONTENT_TYPE, "text/plain; version=0.0.4")], text),

@@ -7,6 +7,7 @@ pub mod examine;
 pub mod host;
 pub mod image;
 pub mod ledger;
+mod listener;
 pub mod logins;
 mod metrics;
 pub mod mounts;

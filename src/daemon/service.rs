@@ -7,6 +7,7 @@
 
 use std::ffi::OsString;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,6 +20,7 @@ use tokio::sync::oneshot;
 use super::api::{Api, Judge};
 use super::config::{Config as Settings, LogLevel};
 use super::host::{Host, Shelf};
+use super::listener::{self, Limits};
 use super::metrics;
 use super::mounts::{Entry, Mounts};
 use super::node::diff::{ContentStore, NodeDiffer, WithTars};
@@ -75,7 +77,11 @@ pub fn run(settings: &Settings, above: &Above, runtime: &Handle) -> anyhow::Resu
         let calls = Arc::<Calls>::default();
         let listening = match settings.daemon.metrics_listen {
             Some(address) => {
-                Some(tokio::spawn(listen_for_metrics(address, Arc::clone(&api), Arc::clone(&calls)).await?))
+                let served = &settings.containerd;
+                let snapshotter = served.enabled.then(|| served.socket.clone());
+                Some(tokio::spawn(
+                    listen_for_metrics(address, Arc::clone(&api), Arc::clone(&calls), snapshotter).await?,
+                ))
             }
             None => None,
         };
@@ -177,15 +183,12 @@ async fn listen_for_metrics(
     address: SocketAddr,
     api: Arc<Api>,
     calls: Arc<Calls>,
+    snapshotter: Option<PathBuf>,
 ) -> anyhow::Result<impl Future<Output = ()> + Send + 'static> {
     let listener = tokio::net::TcpListener::bind(address)
         .await
         .with_context(|| format!("cannot listen for metrics on {address}"))?;
-    Ok(async move {
-        if let Err(error) = axum::serve(listener, metrics::router(api, calls)).await {
-            tracing::warn!(%error, "the metrics listener ended with a fault");
-        }
-    })
+    Ok(listener::answer(listener, metrics::router(api, calls, snapshotter), Limits::FEW))
 }
 
 /// Applies what can change while the daemon runs, and says what cannot.

@@ -139,7 +139,8 @@ impl Surroundings {
     }
 
     fn home(&self) -> PathBuf {
-        self.home.clone().unwrap_or_else(|| PathBuf::from("/"))
+        // Services of the machine have no `HOME`.
+        self.home.clone().unwrap_or_else(|| PathBuf::from(if self.is_root { "/root" } else { "/" }))
     }
 
     /// The file that is read if none is named; it need not exist.

@@ -102,6 +102,9 @@ pub(crate) struct ContainerdConfig {
     /// containerd's main configuration file, whose format version is kept
     #[arg(long, value_name = "FILE", default_value = "/etc/containerd/config.toml")]
     pub(crate) file: PathBuf,
+    /// Only what may stand in a file that the main one imports: all of it from 2.0 on, not CRI's settings before
+    #[arg(long)]
+    pub(crate) drop_in: bool,
 }
 
 /// Look for what keeps this machine from lazy images: kernel, disk, registries, the daemon, containerd's configuration.
@@ -438,7 +441,7 @@ mod tests {
             "serve oci:a --listen 127.0.0.1:0 --latency 20 --bandwidth 1Gbit --access-log /l",
             "serve oci:a --latency 20ms",
             "containerd-config",
-            "containerd-config --version 2.1.4 --file /host/etc/containerd/config.toml",
+            "containerd-config --version 2.1.4 --drop-in --file /host/etc/containerd/config.toml",
             "doctor --json",
             "doctor -q --containerd-config /host/etc/containerd/config.toml --containerd-version 1.7",
             "completions zsh",

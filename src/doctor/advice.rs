@@ -30,6 +30,14 @@ pub struct Reader<'a> {
     pub architecture: &'a str,
 }
 
+/// What may stand in a file that the main one imports: before 2.0 such a file would take the place of all of CRI's settings.
+pub fn drop_in(reader: &Reader<'_>) -> String {
+    match reader.version.merges_plugins() {
+        true => file(reader),
+        false => format!("version = {}\n\n{}", file_version(reader), proxy_plugin(reader)),
+    }
+}
+
 /// The whole file.
 pub fn file(reader: &Reader<'_>) -> String {
     let Reader { version, .. } = *reader;
@@ -220,6 +228,22 @@ mod tests {
                 entries.iter().map(|entry| entry["platform"].as_str().unwrap()).collect::<Vec<_>>()
             });
             assert_eq!(entries.unwrap_or_default(), platforms, "{version}");
+        }
+    }
+
+    #[test]
+    fn what_is_imported_replaces_nothing_else() {
+        for (version, all) in [("1.6.20", false), ("1.7.24", false), ("2.0.0", true), ("2.4.0", true)] {
+            let reader = Reader {
+                version: version.parse().unwrap(),
+                file_version: None,
+                socket: Path::new("/s"),
+                root: Path::new("/r"),
+                architecture: "arm64",
+            };
+            let table: toml::Table = toml::from_str(&drop_in(&reader)).unwrap();
+            assert_eq!(table.contains_key("plugins"), all, "{version}");
+            assert!(table["proxy_plugins"].get(NAME).is_some(), "{version}");
         }
     }
 

@@ -39,8 +39,8 @@ pub struct Whereabouts {
     pub containerd_version: Option<ContainerdVersion>,
     /// Where containerd answers.
     pub containerd_socket: PathBuf,
-    /// Where our snapshotter answers.
-    pub snapshotter_socket: PathBuf,
+    /// Where our snapshotter answers, if it is to.
+    pub snapshotter: Option<PathBuf>,
     /// Our own configuration file.
     pub config: PathBuf,
 }
@@ -104,7 +104,8 @@ pub(super) fn containerd(whereabouts: &Whereabouts, runtime: &Handle) -> Contain
 
 pub(super) fn ours(config: &Config, whereabouts: &Whereabouts) -> Ours {
     Ours {
-        socket: whereabouts.snapshotter_socket.clone(),
+        // One that is switched off would answer there.
+        socket: config.containerd.socket.clone(),
         root: config.root.clone(),
         architecture: Platform::host().architecture,
         certs_d: config.registry.certs_d.clone(),
@@ -117,7 +118,7 @@ pub(super) fn node(config: &Config, whereabouts: &Whereabouts, runtime: &Handle)
     NodeFacts {
         is_root: rustix::process::geteuid().is_root(),
         uid: rustix::process::geteuid().as_raw(),
-        kernel: kernel(),
+        kernel: kernel(&config.root),
         places: [&config.root, &config.run].map(|path| place_of(path, &table)).to_vec(),
         disk: disk(config),
         daemon: daemon(config, whereabouts, runtime),
@@ -126,7 +127,7 @@ pub(super) fn node(config: &Config, whereabouts: &Whereabouts, runtime: &Handle)
     }
 }
 
-fn kernel() -> KernelFacts {
+fn kernel(root: &Path) -> KernelFacts {
     let missing = |error: io::Error| Capability::missing(error.to_string());
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned();
     let fuse = has_file_system("fuse").and_then(|()| File::options().read(true).write(true).open("/dev/fuse"));
@@ -134,8 +135,9 @@ fn kernel() -> KernelFacts {
         Ok(_) => Capability::PRESENT,
         Err(error) => Capability::missing(format!("cannot open /dev/fuse: {error}")),
     };
-    // Probing writes a small image: where the system keeps what nobody needs for long.
-    let (capabilities, exchange) = match tempfile::tempdir() {
+    // Probing writes a small image, which the kernel may take from one file system and not from another: where layers are, or
+    // else where the system keeps what nobody needs for long.
+    let (capabilities, exchange) = match tempfile::tempdir_in(root).or_else(|_| tempfile::tempdir()) {
         Ok(scratch) => {
             let capabilities = Capabilities::probe(scratch.path());
             let exchange = match capabilities.loop_devices.reason() {
@@ -215,20 +217,14 @@ fn daemon(config: &Config, whereabouts: &Whereabouts, runtime: &Handle) -> Daemo
             Ok(_) => Answer::NotReady,
             Err(error) => Answer::Silent(format!("{:#}", anyhow::Error::new(error))),
         });
-    let snapshotter = match holder {
-        Some(_) => match runtime.block_on(grpc::snapshotter_answers(&whereabouts.snapshotter_socket)) {
+    let snapshotter = whereabouts.snapshotter.clone().filter(|_| holder.is_some()).map(|socket| {
+        let answer = match runtime.block_on(grpc::snapshotter_answers(&socket)) {
             Ok(()) => Answer::Ready,
             Err(why) => Answer::Silent(why),
-        },
-        None => silent(),
-    };
-    DaemonFacts {
-        pid: holder.map(|holder| holder.pid),
-        control,
-        snapshotter_socket: whereabouts.snapshotter_socket.clone(),
-        snapshotter,
-        leftovers: leftovers(&config.root, &config.run),
-    }
+        };
+        (socket, answer)
+    });
+    DaemonFacts { pid: holder.map(|holder| holder.pid), control, snapshotter, leftovers: leftovers(&config.root, &config.run) }
 }
 
 fn leftovers(root: &Path, run: &Path) -> Vec<String> {

@@ -16,7 +16,7 @@ use tokio::runtime::Handle;
 
 use crate::daemon::config::Config;
 
-pub use advice::{NAME, Reader, file as containerd_config};
+pub use advice::{NAME, Reader, drop_in as containerd_drop_in, file as containerd_config};
 pub use finding::{Finding, Remedy, Severity};
 pub use gather::{Whereabouts, ask_version, main_file_version};
 pub use version::{ContainerdVersion, VersionError};
@@ -24,6 +24,10 @@ pub use version::{ContainerdVersion, VersionError};
 /// Looks at everything.
 pub fn examine(config: &Config, whereabouts: &Whereabouts, runtime: &Handle) -> Vec<Finding> {
     let mut findings = node::examine(&gather::node(config, whereabouts, runtime));
+    if !config.containerd.enabled {
+        findings.push(Finding::note("containerd.version", "containerd is not served: containerd.enabled is false"));
+        return findings;
+    }
     findings.extend(containerd::examine(&gather::containerd(whereabouts, runtime), &gather::ours(config, whereabouts)));
     findings
 }

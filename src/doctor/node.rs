@@ -55,8 +55,8 @@ pub(super) struct DaemonFacts {
     /// The process that has the root, if there is one.
     pub(super) pid: Option<u32>,
     pub(super) control: Answer,
-    pub(super) snapshotter_socket: PathBuf,
-    pub(super) snapshotter: Answer,
+    /// The socket of the snapshotter, if there is to be one and a daemon, and whether it answers.
+    pub(super) snapshotter: Option<(PathBuf, Answer)>,
     /// What killed processes left, in words.
     pub(super) leftovers: Vec<String>,
 }
@@ -232,16 +232,16 @@ fn daemon(facts: &DaemonFacts, is_root: bool) -> Vec<Finding> {
             findings.push(Finding::must(CHECK, what).with(look()));
         }
     }
-    if facts.pid.is_some() {
-        let socket = facts.snapshotter_socket.display();
-        match &facts.snapshotter {
-            Answer::Ready => findings.push(Finding::good("daemon.socket", format!("{socket} answers"))),
-            Answer::NotReady => findings.push(Finding::should("daemon.socket", format!("{socket} is not ready"))),
+    if let Some((socket, answer)) = &facts.snapshotter {
+        let socket = socket.display();
+        findings.push(match answer {
+            Answer::Ready => Finding::good("daemon.socket", format!("{socket} answers")),
+            Answer::NotReady => Finding::should("daemon.socket", format!("{socket} is not ready")),
             Answer::Silent(why) => {
                 let what = format!("containerd gets no answer at {socket}: {why}");
-                findings.push(Finding::must("daemon.socket", what).with(look()));
+                Finding::must("daemon.socket", what).with(look())
             }
-        }
+        });
     }
     if !facts.leftovers.is_empty() {
         let what = format!("killed processes left {} behind", facts.leftovers.join(", "));

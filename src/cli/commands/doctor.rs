@@ -1,6 +1,5 @@
 //! `headstart doctor` and `headstart containerd-config`: what to do on this machine.
 
-use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use serde::Serialize;
@@ -10,11 +9,8 @@ use crate::cli::args;
 use crate::cli::exit::{Problem, Told};
 use crate::cli::output;
 use crate::daemon::config::Surroundings;
-use crate::doctor::{self, Finding, Reader, Remedy, Severity, Whereabouts};
+use crate::doctor::{self, ContainerdVersion, Finding, Reader, Remedy, Severity, Whereabouts};
 use crate::oci::Platform;
-
-/// Where containerd answers.
-const CONTAINERD: &str = "/run/containerd/containerd.sock";
 
 /// What `doctor --json` prints.
 #[derive(Debug, Serialize)]
@@ -27,9 +23,9 @@ struct Report<'a> {
 pub(crate) fn doctor(context: &Context, arguments: &args::Doctor) -> anyhow::Result<ExitCode> {
     let whereabouts = Whereabouts {
         containerd_config: arguments.containerd_config.clone(),
-        containerd_version: arguments.containerd_version,
-        containerd_socket: PathBuf::from(CONTAINERD),
-        snapshotter_socket: socket(context),
+        containerd_version: arguments.containerd_version.or_else(|| configured(context)),
+        containerd_socket: context.config.containerd.address.clone(),
+        snapshotter: context.config.containerd.enabled.then(|| context.config.containerd.socket.clone()),
         config: context.config_file.clone().unwrap_or_else(|| Surroundings::of_this_process().config_file()),
     };
     let runtime = context.runtime()?;
@@ -70,24 +66,29 @@ fn text(finding: &Finding) -> String {
 }
 
 pub(crate) fn containerd_config(context: &Context, arguments: &args::ContainerdConfig) -> anyhow::Result<ExitCode> {
-    let version = match arguments.version {
+    let version = match arguments.version.or_else(|| configured(context)) {
         Some(version) => version,
         None => {
             let none = || Err("there is no containerd here".to_owned());
-            let asked = doctor::ask_version(Path::new(CONTAINERD), context.runtime()?.handle()).unwrap_or_else(none);
+            let asked = doctor::ask_version(&context.config.containerd.address, context.runtime()?.handle())
+                .unwrap_or_else(none);
             asked.map_err(|why| {
                 let message = format!("{why}; name the version with --version, for example --version 2.1");
                 Told { problem: Problem::NotFound, message }
             })?
         }
     };
-    let text = doctor::containerd_config(&Reader {
+    let reader = Reader {
         version,
         file_version: doctor::main_file_version(&arguments.file),
-        socket: &socket(context),
+        socket: &context.config.containerd.socket,
         root: &context.config.root,
         architecture: &Platform::host().architecture,
-    });
+    };
+    let text = match arguments.drop_in {
+        true => doctor::containerd_drop_in(&reader),
+        false => doctor::containerd_config(&reader),
+    };
     match context.json {
         true => output::json(&toml::from_str::<toml::Table>(&text)?)?,
         false => output::line(text.trim_end())?,
@@ -95,7 +96,7 @@ pub(crate) fn containerd_config(context: &Context, arguments: &args::ContainerdC
     Ok(ExitCode::SUCCESS)
 }
 
-/// Where the snapshotter listens.
-fn socket(context: &Context) -> PathBuf {
-    context.config.run.join("headstart.sock")
+/// The version that our configuration says containerd has.
+fn configured(context: &Context) -> Option<ContainerdVersion> {
+    context.config.containerd.version.map(|(major, minor)| ContainerdVersion::new(major, minor))
 }

@@ -30,8 +30,7 @@ fn healthy() -> NodeFacts {
         daemon: DaemonFacts {
             pid: Some(1),
             control: Answer::Ready,
-            snapshotter_socket: "/run/headstart/headstart.sock".into(),
-            snapshotter: Answer::Ready,
+            snapshotter: Some(("/run/headstart/headstart.sock".into(), Answer::Ready)),
             leftovers: Vec::new(),
         },
         login: LoginFacts { path: "/root/.docker/config.json".into(), found: Ok(Some((0o600, true, Vec::new()))) },
@@ -90,7 +89,7 @@ fn each_fault_has_its_finding() {
         (Box::new(|f| f.daemon.pid = None), &["Should daemon"]),
         (Box::new(move |f| f.daemon.control = silent()), &["Must daemon"]),
         (Box::new(|f| f.daemon.control = Answer::NotReady), &["Should daemon"]),
-        (Box::new(move |f| f.daemon.snapshotter = silent()), &["Must daemon.socket"]),
+        (Box::new(move |f| f.daemon.snapshotter = Some(("/s".into(), silent()))), &["Must daemon.socket"]),
         (Box::new(|f| f.daemon.leftovers = vec!["loop device 1 (x)".into()]), &["Should leftovers"]),
         (Box::new(|f| f.login.found = Ok(None)), &[]),
         (Box::new(|f| f.login.found = Err("why".into())), &["Must registry.logins"]),

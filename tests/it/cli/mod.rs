@@ -4,6 +4,7 @@ mod bad_input;
 mod caches;
 mod commands;
 mod convert;
+mod doctor;
 mod drivers;
 mod mounts;
 mod pulls;

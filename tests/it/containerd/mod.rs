@@ -4,6 +4,7 @@
 //! equals the tree that containerd's own overlayfs snapshotter shows of the same image. The registry's access log is witness of
 //! who fetched what. Needs root, overlayfs, runc, docker-registry and `tools/containerd-versions`.
 
+mod advice;
 mod cri;
 mod image;
 mod lazy;

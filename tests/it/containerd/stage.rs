@@ -51,7 +51,7 @@ pub(super) enum Version {
 }
 
 impl Version {
-    fn programs(self) -> PathBuf {
+    pub(super) fn programs(self) -> PathBuf {
         let (suite, version) = match self {
             Self::V1_6 => ("bookworm", "1.6."),
             Self::V1_7 => ("trixie", "1.7."),

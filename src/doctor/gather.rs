@@ -224,7 +224,12 @@ fn daemon(config: &Config, whereabouts: &Whereabouts, runtime: &Handle) -> Daemo
         };
         (socket, answer)
     });
-    DaemonFacts { pid: holder.map(|holder| holder.pid), control, snapshotter, leftovers: leftovers(&config.root, &config.run) }
+    DaemonFacts {
+        pid: holder.map(|holder| holder.pid),
+        control,
+        snapshotter,
+        leftovers: leftovers(&config.root, &config.run),
+    }
 }
 
 fn leftovers(root: &Path, run: &Path) -> Vec<String> {

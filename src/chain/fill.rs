@@ -182,12 +182,7 @@ fn settle(draft: &mut Draft<'_>, now: Timestamp) -> Result<(), ChainError> {
         });
         let Some((snapshot, target)) = ready else { return Ok(()) };
         draft.drop_snapshot(&snapshot.key);
-        // Others that fill for the same name with another layer have lost.
-        let lost: Vec<(Key, SnapshotSlot, Content)> = draft
-            .snapshots()
-            .filter(|other| other.filling.as_ref().is_some_and(|other| other.name == target.name))
-            .map(|other| (other.key.clone(), other.slot, other.content))
-            .collect();
+        let lost = losers(draft, &target.name);
         draft.put(Snapshot {
             key: target.name.clone(),
             kind: Kind::Committed,
@@ -198,12 +193,31 @@ fn settle(draft: &mut Draft<'_>, now: Timestamp) -> Result<(), ChainError> {
             ..snapshot
         });
         draft.effect(Effect::Committed(target.name));
-        for (key, slot, content) in lost {
-            draft.drop_snapshot(&key);
-            match content {
-                Content::Files => draft.effect(Effect::DropFiles(slot)),
-                Content::Layer(layer) => draft.release_layer(layer),
-            }
+        drop_losers(draft, lost);
+    }
+}
+
+/// Takes note that somebody has committed `name` himself: what fills for it has lost, what waited for it goes on.
+pub(super) fn committed(draft: &mut Draft<'_>, name: &Key, now: Timestamp) -> Result<(), ChainError> {
+    let lost = losers(draft, name);
+    drop_losers(draft, lost);
+    settle(draft, now)
+}
+
+type Loser = (Key, SnapshotSlot, Content);
+
+/// What fills for a name that is taken.
+fn losers(draft: &Draft<'_>, name: &Key) -> Vec<Loser> {
+    let fills = |other: &&Snapshot| other.filling.as_ref().is_some_and(|other| other.name == *name);
+    draft.snapshots().filter(fills).map(|other| (other.key.clone(), other.slot, other.content)).collect()
+}
+
+fn drop_losers(draft: &mut Draft<'_>, lost: Vec<Loser>) {
+    for (key, slot, content) in lost {
+        draft.drop_snapshot(&key);
+        match content {
+            Content::Files => draft.effect(Effect::DropFiles(slot)),
+            Content::Layer(layer) => draft.release_layer(layer),
         }
     }
 }

@@ -215,7 +215,7 @@ fn commit(
     draft.drop_snapshot(key);
     draft.put(committed);
     draft.effect(Effect::Committed(name.clone()));
-    Ok(())
+    fill::committed(draft, name, now)
 }
 
 fn measured(draft: &mut Draft<'_>, key: &Key, usage: Usage) -> Result<(), ChainError> {

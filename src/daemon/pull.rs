@@ -97,15 +97,7 @@ impl Pull {
         let name = image.documents.reference.to_string();
         let recorder = Arc::new(Recorder::new(house, name, image.documents.digest, &image.layers));
         record(house.runtime(), &recorder).await?;
-        for layer in &image.layers {
-            let recorder = Arc::clone(&recorder);
-            layer.when_local(move |layer, local| {
-                if let Err(error) = recorder.local(layer, local.size) {
-                    // It is tried once more when all of it is here.
-                    tracing::warn!(diff_id = %local.diff_id, "cannot write down that a layer is local: {error}");
-                }
-            });
-        }
+        recorder.follow(&image.layers);
         let options = FillOptions { start_delay: Duration::ZERO, persistence: Persistence::Once };
         let fill = Fill::start(house.runtime(), &image.layers, options);
         Ok(Self { image, fill, recorder, runtime: house.runtime().clone() })

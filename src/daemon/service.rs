@@ -228,6 +228,12 @@ async fn bring_back(host: &Arc<Host>) {
     };
     let dead = entries.into_iter().filter(|entry| !entry.alive && entry.record.daemon.is_some());
     join_all(dead.map(|entry| bring_back_one(host, entry))).await;
+    let sweeping = Arc::clone(host);
+    let swept = tokio::task::spawn_blocking(move || sweeping.forget_mounts_that_are_gone()).await;
+    if let Ok(Err(error)) = swept {
+        let error: &dyn std::error::Error = error.as_ref();
+        tracing::warn!(error, "mounts that are gone stay written down");
+    }
 }
 
 async fn bring_back_one(host: &Arc<Host>, entry: Entry) {

@@ -217,6 +217,34 @@ fn mounts_of_a_killed_daemon_are_told_and_brought_back_by_the_next() {
 }
 
 #[test]
+fn a_restarted_daemon_gives_the_same_inode_numbers() {
+    let stage = Stage::new();
+    let layers = [tar(&[("a", b"lower"), ("d/", b""), ("d/b", b"b")]), tar(&[("d/", b""), ("d/c", b"c")])];
+    let (_, converted) = stage.images(&layers);
+    let (image, one, two) = (reference(&converted), stage.make("one"), stage.make("two"));
+    let recorded = || {
+        let told = stage.json(&["snapshots"])["images"].clone();
+        told.as_array().unwrap().iter().map(|image| image["image"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    let daemon = Daemon::start(&stage);
+    // What was there before takes numbers with it.
+    stage.ok(&["mount", "--driver", "fuse", &image, one.to_str().unwrap()]);
+    stage.ok(&["mount", "--driver", "fuse", &image, two.to_str().unwrap()]);
+    assert_eq!(recorded(), [one.to_str().unwrap(), two.to_str().unwrap()]);
+    stage.ok(&["umount", one.to_str().unwrap()]);
+    wait_until("the mount is forgotten", || recorded() == [two.to_str().unwrap()]);
+    let numbers = || ["", "a", "d", "d/b", "d/c"].map(|path| fs::metadata(two.join(path)).unwrap().ino());
+    let before = numbers();
+    daemon.kill();
+    let daemon = Daemon::start(&stage);
+    assert_eq!(numbers(), before);
+    assert_eq!(recorded(), [two.to_str().unwrap()]);
+    daemon.end();
+    assert_eq!(recorded(), Vec::<String>::new());
+    stage.assert_clean();
+}
+
+#[test]
 fn what_cannot_be_brought_back_stays_told() {
     let stage = Stage::new();
     let (_, converted) = stage.images(&[tar(&[("a", b"content")])]);

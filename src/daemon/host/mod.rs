@@ -14,7 +14,7 @@ mod mounted;
 mod shelf;
 mod shown;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -27,6 +27,8 @@ use super::config::Config as Settings;
 use super::image::{Documents, House, Lazy, OpenImage};
 use super::mounts::{Claim, Entry, Mounts};
 use super::place::Place;
+use super::recorder::{self, WrittenMount};
+use crate::chain::LayerSlot;
 use crate::control::MountRecord;
 use crate::drivers::{Wanted, leftovers};
 use crate::fetch::{Counters, LayerImage};
@@ -204,7 +206,8 @@ impl Host {
         let host = Arc::clone(self);
         let mounting = self.runtime.spawn_blocking(move || {
             let fills = request.fill && host.settings.fill.enabled;
-            let shown = host.show(&image, layers, &request, &claim)?;
+            let written = WrittenMount::new(&host.house, &image, &request.mount_point)?;
+            let shown = host.show(&image, layers, &request, &claim, written.as_ref())?;
             let record = MountRecord {
                 image: request.image.to_string(),
                 manifest: image.documents.digest,
@@ -218,7 +221,7 @@ impl Host {
             };
             claim.publish(&record)?;
             let fill = fills.then(|| Fill::start(&host.runtime, &image.layers, host.fill_options()));
-            let mounted = Arc::new(Mounted::new(image, shown, record, claim, fill));
+            let mounted = Arc::new(Mounted::new(image, shown, record, (claim, written), fill));
             host.enter(&mounted)?;
             anyhow::Ok(mounted)
         });
@@ -239,11 +242,14 @@ impl Host {
         layers: Vec<Layer<Lazy>>,
         request: &MountRequest,
         claim: &Claim,
+        written: Option<&WrittenMount>,
     ) -> anyhow::Result<Box<dyn Shown>> {
-        match kernel::show(&self.shelf, image, request, &[]) {
+        let slots = written.map(|written| written.layer_slots(image)).unwrap_or_default();
+        match kernel::show(&self.shelf, image, request, &slots) {
             Ok(shown) => Ok(shown),
             Err(why) => {
-                let shown = self.show_through_fuse(image, layers, request, claim)?;
+                let slot = written.map(|written| written.slot().0);
+                let shown = self.show_through_fuse(image, layers, request, claim, (slot, &slots))?;
                 Ok(Box::new(shown::Explained(shown, why)))
             }
         }
@@ -255,6 +261,7 @@ impl Host {
         layers: Vec<Layer<Lazy>>,
         request: &MountRequest,
         claim: &Claim,
+        (slot, layer_slots): (Option<u32>, &[Option<LayerSlot>]),
     ) -> anyhow::Result<Box<dyn Shown>> {
         let why = match &self.grove {
             // Without a common connection there is nothing to explain.
@@ -263,12 +270,14 @@ impl Host {
                 Some("a layer keeps data in other blobs: it has a connection of its own".to_owned())
             }
             Ok(grove) => {
-                let shoot = |(layer, of): (Layer<Lazy>, &Arc<LayerImage>)| Shoot {
-                    number: self.shelf.number(&layer_id(of), None),
+                let numbers = layer_slots.iter().copied().chain(std::iter::repeat(None));
+                let shoot = |((layer, of), slot): ((Layer<Lazy>, &Arc<LayerImage>), Option<LayerSlot>)| Shoot {
+                    number: self.shelf.number(&layer_id(of), slot),
                     diff_id: of.diff_id(),
                     layer: Arc::new(layer),
                 };
-                let planted = grove.grow(layers.into_iter().zip(image.stack()).map(shoot).collect(), None)?;
+                let shoots = layers.into_iter().zip(image.stack()).zip(numbers).map(shoot);
+                let planted = grove.grow(shoots.collect(), slot)?;
                 let bound = grove::bind(planted, &request.mount_point, request.upper.as_deref(), &self.watch)?;
                 return Ok(Box::new(bound));
             }
@@ -325,6 +334,19 @@ impl Host {
                 Err(error)
             }
         }
+    }
+
+    /// Forgets what a daemon before this one wrote down of mounts that are there no more. Waits for the disk.
+    ///
+    /// # Errors
+    /// The mounts of this root cannot be looked at.
+    pub fn forget_mounts_that_are_gone(&self) -> anyhow::Result<()> {
+        let Some(records) = self.house.snapshots() else { return Ok(()) };
+        let mut known: BTreeSet<PathBuf> =
+            Mounts::look(&self.settings.root)?.into_iter().map(|entry| entry.record.mount_point).collect();
+        known.extend(self.mounts().iter().map(|mounted| mounted.record().mount_point.clone()));
+        recorder::forget_other_mounts(records, &known);
+        Ok(())
     }
 
     /// Keeps `mounted` in the table until it is over.

@@ -8,6 +8,7 @@ use super::shown::Shown;
 use crate::control::{LayerState, LayerStatus, MountRecord, MountStatus, SlowRead};
 use crate::daemon::image::OpenImage;
 use crate::daemon::mounts::Claim;
+use crate::daemon::recorder::WrittenMount;
 use crate::fetch::{self, Standing};
 use crate::sys::mount::{MountError, Unmount};
 use crate::unpack::{Fill, Phase, UnpackError, why};
@@ -19,7 +20,7 @@ pub struct Mounted {
     shown: Box<dyn Shown>,
     record: MountRecord,
     /// None when the mount point may be used again.
-    claim: Mutex<Option<Claim>>,
+    claim: Mutex<Option<(Claim, Option<WrittenMount>)>>,
     /// What completes it in the background.
     fill: Option<Fill>,
 }
@@ -29,7 +30,7 @@ impl Mounted {
         image: OpenImage,
         shown: Box<dyn Shown>,
         record: MountRecord,
-        claim: Claim,
+        claim: (Claim, Option<WrittenMount>),
         fill: Option<Fill>,
     ) -> Self {
         Self { image, shown, record, claim: Mutex::new(Some(claim)), fill }

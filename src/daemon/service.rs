@@ -90,12 +90,15 @@ pub fn run(settings: &Settings, above: &Above, runtime: &Handle) -> anyhow::Resu
         // Who calls before everything is back waits, and is not turned away.
         let listener = node.is_some().then(|| grpc::bind(&settings.containerd.socket)).transpose()?;
         let (close, closed) = oneshot::channel::<()>();
+        // What it shows is let go of last, when it is known what stays.
+        let _shown = node.clone();
         let until_end = async {
             tokio::join!(bring_back(&host), async {
                 if let Some(node) = &node {
                     node.bring_back().await;
                 }
             });
+            settle(&host).await;
             if let Some((node, listener)) = node.zip(listener) {
                 let services =
                     Services { differ: differ(&host, &node), snapshotter: Arc::new(node), calls: Arc::clone(&calls) };
@@ -228,11 +231,13 @@ async fn bring_back(host: &Arc<Host>) {
     };
     let dead = entries.into_iter().filter(|entry| !entry.alive && entry.record.daemon.is_some());
     join_all(dead.map(|entry| bring_back_one(host, entry))).await;
-    let sweeping = Arc::clone(host);
-    let swept = tokio::task::spawn_blocking(move || sweeping.forget_mounts_that_are_gone()).await;
-    if let Ok(Err(error)) = swept {
+}
+
+async fn settle(host: &Arc<Host>) {
+    let settling = Arc::clone(host);
+    if let Ok(Err(error)) = tokio::task::spawn_blocking(move || settling.settle()).await {
         let error: &dyn std::error::Error = error.as_ref();
-        tracing::warn!(error, "mounts that are gone stay written down");
+        tracing::warn!(error, "what a daemon before this one left is not all taken away");
     }
 }
 

@@ -5,6 +5,7 @@ use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
@@ -12,8 +13,8 @@ use super::error::in_one_line;
 use super::{DriverError, LayerBacking, RunDirectory};
 use crate::chain::LayerId;
 use crate::model::{Algorithm, DiffId, Digest};
-use crate::sys::loopdev::{LoopDevice, LoopError};
-use crate::sys::mount::{Unmount, unmount};
+use crate::sys::loopdev::{LoopDevice, LoopError, loop_devices};
+use crate::sys::mount::{MountError, Unmount, mounted_on, unmount};
 use crate::sys::stack::{mount_bind, mount_erofs};
 
 /// What the kernel reads a layer from.
@@ -59,8 +60,10 @@ pub(super) struct Attached {
     state: Mutex<State>,
     /// Held while something is mounted on its directory or taken away from it.
     ground: Arc<Mutex<()>>,
+    /// What an owner before this one had mounted shows it.
+    adopted: bool,
     /// The last to go.
-    _run: Arc<RunDirectory>,
+    run: Arc<RunDirectory>,
 }
 
 /// A layer that stays mounted as long as this or a copy of it is there.
@@ -93,12 +96,14 @@ struct State {
 }
 
 /// How layers are attached.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) struct Manner {
     /// What loop devices are called.
     pub(super) label: String,
     /// Complete files are read past their page cache.
     pub(super) direct_io: bool,
+    /// What an owner before this one left is taken up where it fits, and taken away where it does not.
+    pub(super) adopts: AtomicBool,
 }
 
 impl Attached {
@@ -109,29 +114,39 @@ impl Attached {
         ground: Arc<Mutex<()>>,
         manner: &Manner,
     ) -> Result<Self, DriverError> {
-        let directory = || Directory::make(run.layer(layer.number));
-        let (mount_point, device, backing, file, opened) = match (&layer.local, &layer.lazy, &layer.tree) {
+        let adopts = manner.adopts.load(Ordering::Relaxed);
+        let directory = || Directory::make(run.layer(layer.number), adopts);
+        let (mount_point, device, backing, file, opened, adopted) = match (&layer.local, &layer.lazy, &layer.tree) {
             (Some(path), ..) => {
                 let (file, path) = open_layer(layer.id.diff_id, layer.size, path)?;
                 let directory = directory()?;
-                let device = match mount_erofs(&path, &directory.0) {
-                    Ok(()) => None,
-                    // An image that the kernel refuses as a file is refused on a device too, with a reason that is worth
-                    // telling.
-                    Err(_) => Some(on_device(layer, &file, &path, &directory.0, manner)?),
+                let (device, adopted) = match on_living_device(layer, &file, &path, &directory, manner)? {
+                    Some(device) => (Some(device), true),
+                    None => match directory.mount(&path) {
+                        Ok(adopted) => (None, adopted),
+                        // An image that the kernel refuses as a file is refused on a device too, with a reason that is
+                        // worth telling.
+                        Err(_) => (Some(on_device(layer, &file, &path, &directory, manner)?), false),
+                    },
                 };
-                (directory.keep(), device, Backing::Local(SystemTime::now()), path, Some(file))
+                (directory.keep(), device, Backing::Local(SystemTime::now()), path, Some(file), adopted)
             }
             (None, Some(path), _) => {
                 let (file, path) = open_layer(layer.id.diff_id, layer.size, path)?;
                 let directory = directory()?;
-                let device = on_device(layer, &file, &path, &directory.0, manner)?;
-                (directory.keep(), Some(device), Backing::Lazy, path, None)
+                let living = on_living_device(layer, &file, &path, &directory, manner)?;
+                let adopted = living.is_some();
+                let device = match living {
+                    Some(device) => device,
+                    None => on_device(layer, &file, &path, &directory, manner)?,
+                };
+                (directory.keep(), Some(device), Backing::Lazy, path, None, adopted)
             }
             (None, None, Some(tree)) => {
                 let directory = directory()?;
-                mount_bind(tree, &directory.0).map_err(DriverError::Stack)?;
-                (directory.keep(), None, Backing::Tree, tree.clone(), None)
+                directory.clear();
+                mount_bind(tree, &directory.path).map_err(DriverError::Stack)?;
+                (directory.keep(), None, Backing::Tree, tree.clone(), None, false)
             }
             (None, None, None) => return Err(DriverError::NoFile(layer.id.diff_id)),
         };
@@ -143,13 +158,19 @@ impl Attached {
             device,
             exchange: Mutex::new(()),
             state: Mutex::new(State { backing, file, direct_io: false, failure: None }),
+            adopted,
             ground,
-            _run: run,
+            run,
         };
         if let Some(file) = opened.filter(|_| manner.direct_io) {
             attached.switch_to_direct_io(&file);
         }
         Ok(attached)
+    }
+
+    /// True if stacks of an owner before this one show it as it is now.
+    pub(super) fn is_adopted(&self) -> bool {
+        self.adopted
     }
 
     pub(super) fn report(&self) -> LayerReport {
@@ -227,6 +248,9 @@ impl Drop for Attached {
     fn drop(&mut self) {
         // Whoever mounts the layer again waits until its directory is free.
         let _one = self.ground.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.run.leaves() && matches!(self.state().backing, Backing::Local(_)) {
+            return;
+        }
         let gone = unmount(&self.mount_point, Unmount::Lazy).map_err(io::Error::other);
         if let Err(error) = gone.and_then(|()| fs::remove_dir(&self.mount_point)) {
             tracing::warn!(layer = %self.id, %error, "the mount of a layer stays behind");
@@ -249,7 +273,7 @@ fn on_device(
     layer: &LayerBacking,
     file: &File,
     path: &Path,
-    mount_point: &Path,
+    directory: &Directory,
     manner: &Manner,
 ) -> Result<LoopDevice, DriverError> {
     if !layer.size.is_multiple_of(512) {
@@ -257,9 +281,42 @@ fn on_device(
     }
     let device = LoopDevice::attach(file, path, &label(&layer.id, manner))
         .map_err(|source: LoopError| DriverError::Loop { diff_id: layer.id.diff_id, source })?;
-    mount_erofs(device.node(), mount_point)
-        .map_err(|source| DriverError::Refused { diff_id: layer.id.diff_id, source })?;
+    directory.mount(device.node()).map_err(|source| DriverError::Refused { diff_id: layer.id.diff_id, source })?;
     Ok(device)
+}
+
+/// The layer on the device that an owner before this one made for it, if it is still in use: it reads `file` from now on, and
+/// so does whatever is mounted on it.
+fn on_living_device(
+    layer: &LayerBacking,
+    file: &File,
+    path: &Path,
+    directory: &Directory,
+    manner: &Manner,
+) -> Result<Option<LoopDevice>, DriverError> {
+    if !directory.adopts {
+        return Ok(None);
+    }
+    let wanted = label(&layer.id, manner);
+    let devices = loop_devices().map_err(DriverError::io("read", "/sys/block".as_ref()))?;
+    let ours = devices.into_iter().find_map(|entry| {
+        let device = LoopDevice::open(entry.number).ok()?;
+        (device.status().ok()?.label == wanted).then_some(device)
+    });
+    let Some(device) = ours else { return Ok(None) };
+    if device.status().is_ok_and(|status| status.direct_io) {
+        device.set_direct_io(false).map_err(|source| DriverError::Loop { diff_id: layer.id.diff_id, source })?;
+    }
+    if let Err(error) = device.change_backing(file, path) {
+        // It went at this moment, or it is none for this file.
+        let error: &dyn std::error::Error = &error;
+        tracing::warn!(layer = %layer.id, device = device.number(), error, "a loop device is not taken up");
+        return Ok(None);
+    }
+    let mounted = directory.mount(device.node());
+    mounted.map_err(|source| DriverError::Refused { diff_id: layer.id.diff_id, source })?;
+    tracing::info!(layer = %layer.id, device = device.number(), "a loop device is taken up");
+    Ok(Some(device))
 }
 
 /// What a layer's loop device is called: another name for every layer, also for those of one diffID.
@@ -269,26 +326,54 @@ fn label(id: &LayerId, manner: &Manner) -> String {
     format!("{}:{}", manner.label, hash.get(..16).unwrap_or(&hash))
 }
 
-/// A new directory, removed again unless it is kept.
-struct Directory(PathBuf);
+/// A directory for a mount, removed again unless it is kept.
+struct Directory {
+    path: PathBuf,
+    adopts: bool,
+}
 
 impl Directory {
-    fn make(path: PathBuf) -> Result<Self, DriverError> {
-        DirBuilder::new().mode(0o700).create(&path).map_err(DriverError::io("create", &path))?;
-        Ok(Self(path))
+    /// A new one; one that is there already if `adopts`.
+    fn make(path: PathBuf, adopts: bool) -> Result<Self, DriverError> {
+        match DirBuilder::new().mode(0o700).create(&path) {
+            Err(error) if adopts && error.kind() == io::ErrorKind::AlreadyExists => {}
+            made => made.map_err(DriverError::io("create", &path))?,
+        }
+        Ok(Self { path, adopts })
+    }
+
+    /// Mounts an EROFS image; true if it was mounted already.
+    fn mount(&self, source: &Path) -> Result<bool, MountError> {
+        if self.adopts {
+            let top = mounted_on(&self.path).ok().flatten();
+            if top.is_some_and(|top| top.kind == "erofs" && top.source == source.as_os_str()) {
+                return Ok(true);
+            }
+            self.clear();
+        }
+        mount_erofs(source, &self.path).map(|()| false)
+    }
+
+    /// Takes away what was left here, if anything can be.
+    fn clear(&self) {
+        if self.adopts {
+            while unmount(&self.path, Unmount::Lazy).is_ok() {}
+        }
     }
 
     fn keep(mut self) -> PathBuf {
-        std::mem::take(&mut self.0)
+        std::mem::take(&mut self.path)
     }
 }
 
 impl Drop for Directory {
     fn drop(&mut self) {
-        if !self.0.as_os_str().is_empty()
-            && let Err(error) = fs::remove_dir(&self.0)
-        {
-            tracing::warn!(path = %self.0.display(), %error, "a directory stays behind");
+        if self.path.as_os_str().is_empty() {
+            return;
+        }
+        self.clear();
+        if let Err(error) = fs::remove_dir(&self.path) {
+            tracing::warn!(path = %self.path.display(), %error, "a directory stays behind");
         }
     }
 }

@@ -1,7 +1,8 @@
 //! The kernel mounts of one owner: layers, each mounted once, and the stacks made of them.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -10,7 +11,7 @@ use super::run::RunDirectory;
 use super::timely::{Started, start, within};
 use super::{DriverError, LayerBacking};
 use crate::chain::LayerId;
-use crate::sys::mount::{MountError, Unmount, mount_table, unmount, writable_layer};
+use crate::sys::mount::{MountError, Unmount, mount_table, mounted_on, unmount, writable_layer};
 use crate::sys::stack::{OverlayMount, mount_overlay};
 
 /// The kernel mounts of one owner. Its calls wait for the kernel and belong on threads that serve nothing.
@@ -48,7 +49,8 @@ impl KernelMounts {
     /// Mounts in `run`. No call waits longer than `patience`. With `direct_io` loop devices read complete files past
     /// their page cache.
     pub fn new(run: RunDirectory, patience: Duration, direct_io: bool) -> Self {
-        let manner = Manner { label: run.source().to_owned(), direct_io };
+        let adopts = AtomicBool::new(run.is_found());
+        let manner = Manner { label: run.source().to_owned(), direct_io, adopts };
         Self(Arc::new(Inner { run: Arc::new(run), patience, manner, slots: Mutex::default() }))
     }
 
@@ -111,6 +113,53 @@ impl KernelMounts {
         let (target, writable) = (target.to_owned(), writable.map(Path::to_owned));
         let attempted = format!("stack the layers on {}", target.display());
         start(attempted, move || owner.stack(layers, target, writable.as_deref()))?.wait_until(deadline, patience)
+    }
+
+    /// Takes up the stack that an owner before this one made of these layers on `target`; none if there is none, or if one of
+    /// the layers is mounted anew.
+    ///
+    /// # Errors
+    /// `/proc` could not be read.
+    pub fn adopt(&self, layers: &[HeldLayer], target: &Path) -> std::io::Result<Option<Presented>> {
+        if !self.has_stack_on(target)? || !layers.iter().all(|layer| layer.0.is_adopted()) {
+            return Ok(None);
+        }
+        let mut seen = HashSet::new();
+        let layers = layers.iter().rev().filter(|layer| seen.insert(layer.number())).cloned().collect();
+        Ok(Some(Presented { target: target.to_owned(), layers, owner: Arc::clone(&self.0) }))
+    }
+
+    /// True if a stack of this run directory is the topmost mount on `target`, whoever made it.
+    ///
+    /// # Errors
+    /// `/proc` could not be read.
+    pub fn has_stack_on(&self, target: &Path) -> std::io::Result<bool> {
+        let top = mounted_on(target)?;
+        Ok(top.is_some_and(|top| top.kind == "overlay" && top.source == self.0.run.source()))
+    }
+
+    /// Takes away what an owner before this one left and nobody has taken up; `targets` are the stacks that somebody has.
+    pub fn settle(&self, targets: &BTreeSet<PathBuf>) {
+        self.0.manner.adopts.store(false, std::sync::atomic::Ordering::Relaxed);
+        let table = mount_table().unwrap_or_default();
+        let stacks = table.iter().filter(|entry| entry.kind == "overlay" && entry.source == self.0.run.source());
+        for stack in stacks.filter(|stack| !targets.contains(&stack.mount_point)) {
+            take_away_left(&stack.mount_point);
+        }
+        for number in self.0.run.numbers().into_iter().filter(|number| !self.is_held(*number)) {
+            let path = self.0.run.layer(number);
+            if table.iter().any(|entry| entry.mount_point == path) {
+                take_away_left(&path);
+            }
+            if let Err(error) = std::fs::remove_dir(&path) {
+                tracing::warn!(path = %path.display(), %error, "a directory stays behind");
+            }
+        }
+    }
+
+    /// From now on what the kernel shows without any process stays when it is let go of, for the next owner.
+    pub fn leave(&self) {
+        self.0.run.leave();
     }
 
     /// Lets the kernel read a layer from the complete, verified file `local`, under all live mounts of it.
@@ -217,6 +266,16 @@ impl Inner {
     }
 }
 
+fn take_away_left(path: &Path) {
+    match unmount(path, Unmount::Lazy) {
+        Ok(()) => tracing::info!(path = %path.display(), "what an owner before this one left is taken away"),
+        Err(error) => {
+            let error: &dyn std::error::Error = &error;
+            tracing::warn!(error, "what an owner before this one left stays");
+        }
+    }
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -276,6 +335,9 @@ impl Presented {
 
 impl Drop for Presented {
     fn drop(&mut self) {
+        if self.owner.run.leaves() && self.is_local() {
+            return;
+        }
         if let Err(error) = self.take_away(Unmount::Lazy) {
             let error: &dyn std::error::Error = &error;
             tracing::warn!(error, "the mount stays behind");

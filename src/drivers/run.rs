@@ -13,6 +13,7 @@ use std::io;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::DriverError;
 use crate::model::{Algorithm, Digest};
@@ -26,6 +27,10 @@ const SOURCE: &str = "headstart:";
 pub struct RunDirectory {
     path: PathBuf,
     source: String,
+    /// An owner before this one left something.
+    is_found: bool,
+    /// What needs no process stays when this is dropped.
+    leaves: AtomicBool,
     _owner: FileLock,
 }
 
@@ -39,10 +44,11 @@ impl RunDirectory {
         maker.recursive(true).mode(0o700).create(path).map_err(DriverError::io("create", path))?;
         let path = path.canonicalize().map_err(DriverError::io("find", path))?;
         let owner = take(&path)?.ok_or_else(|| DriverError::Owned(path.clone()))?;
+        let is_found = layers(&path).exists();
         for inner in [layers(&path), path.join("empty")] {
             maker.create(&inner).map_err(DriverError::io("create", &inner))?;
         }
-        Ok(Self { source: overlay_source(&path), path, _owner: owner })
+        Ok(Self { source: overlay_source(&path), path, is_found, leaves: AtomicBool::new(false), _owner: owner })
     }
 
     /// Takes a new directory in `base`, which is made if it is missing.
@@ -78,6 +84,26 @@ impl RunDirectory {
         self.path.join("empty")
     }
 
+    /// True if an owner before this one left something here.
+    pub(super) fn is_found(&self) -> bool {
+        self.is_found
+    }
+
+    /// From now on what the kernel shows without any process stays when it is let go of, for the next owner.
+    pub(super) fn leave(&self) {
+        self.leaves.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn leaves(&self) -> bool {
+        self.leaves.load(Ordering::Relaxed)
+    }
+
+    /// Numbers of the directories of layers that are there.
+    pub(super) fn numbers(&self) -> Vec<u32> {
+        let entries = fs::read_dir(layers(&self.path)).into_iter().flatten().flatten();
+        entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
+    }
+
     /// What the mount table shows as the source of overlays of this owner.
     pub(super) fn source(&self) -> &str {
         &self.source
@@ -86,7 +112,9 @@ impl RunDirectory {
 
 impl Drop for RunDirectory {
     fn drop(&mut self) {
-        if let Err(error) = clear(&self.path) {
+        if let Err(error) = clear(&self.path)
+            && !self.leaves()
+        {
             let error: &dyn std::error::Error = &error;
             tracing::warn!(error, "a run directory stays behind");
         }

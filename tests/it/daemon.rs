@@ -51,7 +51,7 @@ impl<'a> Daemon<'a> {
         kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
 
-    fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap()
     }
 
@@ -441,7 +441,7 @@ fn machines_can_watch_the_daemon() {
     stage.ok(&["status"]);
     let config = stage.path("config.toml");
     let text = fs::read_to_string(&config).unwrap();
-    fs::write(&config, format!("{text}[daemon]\nmetrics_listen = '{address}'\n")).unwrap();
+    fs::write(&config, format!("{text}metrics_listen = '{address}'\n")).unwrap();
     let daemon = Daemon::start(&stage);
     stage.ok(&["mount", &reference(&converted), mnt.to_str().unwrap()]);
     assert_eq!(fs::read(mnt.join("a")).unwrap(), b"content");

@@ -26,6 +26,7 @@ mod mounts;
 mod overlay_judge;
 mod registry;
 mod registry_real;
+mod restart;
 mod serve;
 mod shelf;
 mod snapshots;

@@ -234,6 +234,8 @@ pub struct DaemonSettings {
     pub metrics_listen: Option<SocketAddr>,
     /// How long a daemon that ends serves mounts that are in use.
     pub stop_timeout: Duration,
+    /// Whether mounts that go on without the daemon stay when it ends, for the next one to take them up.
+    pub keep_mounts: bool,
 }
 
 /// How containerd is served.
@@ -432,7 +434,11 @@ impl Config {
             sync_interval: span(store.sync_interval, Duration::from_secs(5)),
             quota: store.quota.map(|Size(bytes)| bytes).filter(|bytes| *bytes > 0),
             reserve: store.reserve.map_or(256 << 20, |Size(bytes)| bytes),
-            daemon: DaemonSettings { metrics_listen, stop_timeout: span(daemon.stop_timeout, Duration::from_secs(10)) },
+            daemon: DaemonSettings {
+                metrics_listen,
+                stop_timeout: span(daemon.stop_timeout, Duration::from_secs(10)),
+                keep_mounts: daemon.keep_mounts.unwrap_or(true),
+            },
         };
         let wrong = |key, why| Err(wrong(key, why));
         if !config.root.is_absolute() {
@@ -508,7 +514,7 @@ mod tests {
              connections = 8\ndeadline = '9ms'\nread_ahead = '10kB'\n[fill]\n\
              enabled = false\nstart_delay = '13s'\nbandwidth = '14MB'\nconnections = 15\n[store]\nsync_interval = '11h'\nquota = '16GiB'\n\
              reserve = '17kB'\n[daemon]\n\
-             metrics_listen = '127.0.0.1:9'\nstop_timeout = '12s'\n[containerd]\nenabled = false\nsocket = '/s'\n\
+             metrics_listen = '127.0.0.1:9'\nstop_timeout = '12s'\nkeep_mounts = false\n[containerd]\nenabled = false\nsocket = '/s'\n\
              address = '/a'\ncontent = '/b'\nversion = '2.4.0-beta.0'\nlazy = false\ntrust_labels = true\ndriver = 'fuse'\nfill = false\nprepare_timeout = '18s'\n\
              sync = true\n",
         )
@@ -549,6 +555,7 @@ mod tests {
             daemon: DaemonSettings {
                 metrics_listen: Some("127.0.0.1:9".parse().unwrap()),
                 stop_timeout: Duration::from_secs(12),
+                keep_mounts: false,
             },
             containerd: ContainerdSettings {
                 enabled: false,

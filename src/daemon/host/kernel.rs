@@ -25,7 +25,7 @@ use crate::drivers::{self, Backing, Capabilities, Choice, DriverError, HeldLayer
 use crate::fetch::LayerImage;
 use crate::model::DiffId;
 use crate::sys::loopdev::backing_of;
-use crate::sys::mount::{MountError, Unmount};
+use crate::sys::mount::{MountError, Unmount, unmount};
 use crate::sys::stack::MountWatch;
 
 /// The pause after the mount table could not be watched.
@@ -37,7 +37,8 @@ const BELIEF: Duration = Duration::from_secs(60);
 /// How often a device that somebody still reads is looked at.
 const GLANCE: Duration = Duration::from_millis(50);
 
-/// Mounts `image` with the driver that is asked for or the next one that works; `slots` are the numbers of its stack's
+/// Mounts `image` with the driver that is asked for or the next one that works, or takes the mount of a daemon before this
+/// one up if it may `adopt` that; `slots` are the numbers of its stack's
 /// layers, as far as they have any. Waits for the kernel, which may wait for the network.
 ///
 /// # Errors
@@ -47,6 +48,7 @@ pub(super) fn show(
     image: &OpenImage,
     request: &MountRequest,
     slots: &[Option<LayerSlot>],
+    adopt: bool,
 ) -> Result<Box<dyn Shown>, String> {
     let choice = match request.driver {
         // Nothing to ask the machine.
@@ -60,7 +62,7 @@ pub(super) fn show(
     if choice.driver == drivers::Driver::Fuse {
         return Err(choice.why);
     }
-    match present(shelf, image, request, slots, choice.clone()) {
+    match present(shelf, image, request, slots, choice.clone(), adopt) {
         Ok(shown) => Ok(Box::new(shown)),
         Err(error) => {
             let why = choice.after(error.as_ref()).why;
@@ -76,12 +78,26 @@ fn present(
     request: &MountRequest,
     slots: &[Option<LayerSlot>],
     choice: Choice,
+    adopt: bool,
 ) -> anyhow::Result<KernelShown> {
     let ground = shelf.ground()?;
     let dirs = hold_all(shelf, image, slots, &choice)?;
     let watch = MountWatch::start().context("cannot watch the mount table")?;
     let held: Vec<HeldLayer> = dirs.iter().map(|dir| dir.held().clone()).collect();
-    let presented = ground.mounts.stack(&held, &request.mount_point, request.upper.as_deref())?;
+    let target = &request.mount_point;
+    let adopted = if adopt { ground.mounts.adopt(&held, target)? } else { None };
+    let presented = match adopted {
+        Some(adopted) => {
+            tracing::info!(mount_point = %target.display(), "the mount of the daemon before is taken up");
+            adopted
+        }
+        None => {
+            while adopt && ground.mounts.has_stack_on(target)? {
+                unmount(target, Unmount::Lazy)?;
+            }
+            ground.mounts.stack(&held, target, request.upper.as_deref())?
+        }
+    };
     drop(held);
     let inner = Arc::new(Inner {
         presented: Mutex::new(Some(Arc::new(presented))),
@@ -242,6 +258,10 @@ impl Shown for KernelShown {
             self.inner.let_go();
         }
         Ok(())
+    }
+
+    fn needs_nobody(&self) -> bool {
+        self.inner.presented().is_some_and(|presented| presented.is_local())
     }
 
     fn own_connections(&self) -> u64 {

@@ -30,7 +30,7 @@ use super::place::Place;
 use super::recorder::{self, WrittenMount};
 use crate::chain::LayerSlot;
 use crate::control::MountRecord;
-use crate::drivers::{Wanted, leftovers};
+use crate::drivers::Wanted;
 use crate::fetch::{Counters, LayerImage};
 use crate::oci::{Platform, Reference};
 use crate::snapshots::SnapshotsConfig;
@@ -128,10 +128,7 @@ impl Host {
             Some(_) if !rustix::process::geteuid().is_root() => {
                 Err(Some("only root binds mounts: it has a connection of its own".to_owned()))
             }
-            Some(place) => {
-                leftovers::remove(&settings.run, mount::Unmount::Lazy)?;
-                Ok(Grove::plant(&place.file_system(), settings.fetch.deadline, "headstart")?)
-            }
+            Some(place) => Ok(Grove::plant(&place.file_system(), settings.fetch.deadline, "headstart")?),
         };
         let shelf = match &grove {
             Ok(grove) => Shelf::of_daemon(settings, runtime.clone(), &settings.run, grove)?,
@@ -192,7 +189,7 @@ impl Host {
     /// Anything on the way there.
     pub async fn mount(self: &Arc<Self>, claim: Claim, request: MountRequest) -> anyhow::Result<Arc<Mounted>> {
         let documents = self.house.documents(&request.image, request.platform.as_ref()).await?;
-        self.mount_documents(claim, request, documents).await
+        self.mount_documents(claim, request, documents, false).await
     }
 
     async fn mount_documents(
@@ -200,6 +197,7 @@ impl Host {
         claim: Claim,
         request: MountRequest,
         documents: Documents,
+        adopt: bool,
     ) -> anyhow::Result<Arc<Mounted>> {
         let image = self.house.bring_image(documents, None).await?;
         let layers = image.open_stack().await?;
@@ -207,7 +205,7 @@ impl Host {
         let mounting = self.runtime.spawn_blocking(move || {
             let fills = request.fill && host.settings.fill.enabled;
             let written = WrittenMount::new(&host.house, &image, &request.mount_point)?;
-            let shown = host.show(&image, layers, &request, &claim, written.as_ref())?;
+            let shown = host.show(&image, layers, &request, &claim, (written.as_ref(), adopt))?;
             let record = MountRecord {
                 image: request.image.to_string(),
                 manifest: image.documents.digest,
@@ -242,12 +240,15 @@ impl Host {
         layers: Vec<Layer<Lazy>>,
         request: &MountRequest,
         claim: &Claim,
-        written: Option<&WrittenMount>,
+        (written, adopt): (Option<&WrittenMount>, bool),
     ) -> anyhow::Result<Box<dyn Shown>> {
         let slots = written.map(|written| written.layer_slots(image)).unwrap_or_default();
-        match kernel::show(&self.shelf, image, request, &slots) {
+        match kernel::show(&self.shelf, image, request, &slots, adopt) {
             Ok(shown) => Ok(shown),
             Err(why) => {
+                if adopt && mount::is_ours(&request.mount_point)? {
+                    mount::unmount(&request.mount_point, mount::Unmount::Lazy)?;
+                }
                 let slot = written.map(|written| written.slot().0);
                 let shown = self.show_through_fuse(image, layers, request, claim, (slot, &slots))?;
                 Ok(Box::new(shown::Explained(shown, why)))
@@ -305,27 +306,31 @@ impl Host {
         let record = entry.record.clone();
         let (host, dead) = (Arc::clone(self), record.clone());
         let clearing = self.runtime.spawn_blocking(move || {
-            if mount::is_ours(&dead.mount_point)? {
+            let adopt = host.shelf.has_stack_on(&dead.mount_point)?;
+            if !adopt && mount::is_ours(&dead.mount_point)? {
                 mount::unmount(&dead.mount_point, mount::Unmount::Lazy)?;
                 sweep(&host.settings.root);
             }
             let claim = host.records.claim(&dead.mount_point)?;
+            if adopt {
+                return Ok((claim, true));
+            }
             match mount::check_mount_point(&dead.mount_point) {
-                Ok(_) => Ok(claim),
+                Ok(_) => Ok((claim, false)),
                 Err(error) => {
                     claim.leave(&dead)?;
                     Err(anyhow::Error::new(error))
                 }
             }
         });
-        let claim = clearing.await.context("the thread that clears a mount point broke down")??;
+        let (claim, adopt) = clearing.await.context("the thread that clears a mount point broke down")??;
         let mounting = async {
             let image: Reference = record.image.parse()?;
             let documents = self.house.kept_documents(&image, record.manifest).await?;
             let (mount_point, upper) = (record.mount_point.clone(), record.upper.clone());
             let (driver, fill) = (record.driver_wanted, !record.no_fill);
             let request = MountRequest { image, platform: None, mount_point, upper, driver, fill };
-            self.mount_documents(claim, request, documents).await
+            self.mount_documents(claim, request, documents, adopt).await
         };
         match mounting.await {
             Ok(_) => Ok(()),
@@ -336,15 +341,18 @@ impl Host {
         }
     }
 
-    /// Forgets what a daemon before this one wrote down of mounts that are there no more. Waits for the disk.
+    /// When all that is to be brought back is: takes away what a daemon before this one left besides, and forgets what it
+    /// wrote down of mounts that are there no more. Waits for the kernel and the disk.
     ///
     /// # Errors
     /// The mounts of this root cannot be looked at.
-    pub fn forget_mounts_that_are_gone(&self) -> anyhow::Result<()> {
+    pub fn settle(&self) -> anyhow::Result<()> {
+        let targets = self.mounts().iter().map(|mounted| mounted.record().mount_point.clone()).collect();
+        self.shelf.settle(&targets);
         let Some(records) = self.house.snapshots() else { return Ok(()) };
         let mut known: BTreeSet<PathBuf> =
             Mounts::look(&self.settings.root)?.into_iter().map(|entry| entry.record.mount_point).collect();
-        known.extend(self.mounts().iter().map(|mounted| mounted.record().mount_point.clone()));
+        known.extend(targets);
         recorder::forget_other_mounts(records, &known);
         Ok(())
     }
@@ -444,14 +452,22 @@ impl Host {
         self.count.subscribe().wait_for(|count| *count == 0).await.ok();
     }
 
-    /// Ends every mount, the latest first, and mounts no more. One that is in use is taken away all the same, and served to those who have
+    /// Ends every mount, the latest first, and mounts no more. One that goes on by itself stays, if it may. One that is in use is taken away all the same, and served to those who have
     /// files open for as long as `patience`.
     pub async fn shut_down(self: &Arc<Self>, patience: Duration) {
         let host = Arc::clone(self);
         self.table().closed = true;
         let taking = self.runtime.spawn_blocking(move || {
             let mounts = host.mounts();
-            mounts.iter().rev().for_each(|mounted| take_away_at_the_end(mounted));
+            let keep = host.settings.daemon.keep_mounts;
+            let taken = mounts.iter().rev().filter(|mounted| !(keep && mounted.leave()));
+            taken.for_each(|mounted| take_away_at_the_end(mounted));
+            if keep {
+                host.shelf.leave();
+                // Who has been left is waited for by nobody.
+                host.table().mounts.retain(|_, mounted| !mounted.is_released());
+                host.tell_count();
+            }
         });
         if taking.await.is_err() {
             tracing::error!("the thread that takes the mounts away broke down");

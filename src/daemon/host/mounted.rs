@@ -100,6 +100,25 @@ impl Mounted {
         drop(claim);
     }
 
+    /// Leaves a mount that goes on by itself to the next daemon, with its records; false if it does not.
+    pub(super) fn leave(&self) -> bool {
+        if !self.shown.needs_nobody() {
+            return false;
+        }
+        let Some((claim, written)) = self.claim.lock().unwrap_or_else(PoisonError::into_inner).take() else {
+            return false;
+        };
+        if let Some(written) = written {
+            written.stay();
+        }
+        let record = MountRecord { driver: self.shown.driver().name.to_owned(), ..self.record.clone() };
+        if let Err(error) = claim.leave(&record) {
+            let error: &dyn std::error::Error = &error;
+            tracing::warn!(mount_point = %record.mount_point.display(), error, "a mount stays without its record");
+        }
+        true
+    }
+
     pub(super) fn is_released(&self) -> bool {
         self.claim.lock().unwrap_or_else(PoisonError::into_inner).is_none()
     }

@@ -17,7 +17,7 @@
 //! Calls wait for the kernel, which may wait for the network: they belong on threads that serve nothing. Refuses to know how
 //! layers become local, and who stacks them.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread;
@@ -280,6 +280,28 @@ impl Shelf {
         let ground = Arc::new(Ground { mounts, files: Files::Own(Mutex::default()) });
         *known = Arc::downgrade(&ground);
         Ok(ground)
+    }
+
+    /// True if a stack that a daemon before this one made is mounted on `target`.
+    pub(super) fn has_stack_on(&self, target: &Path) -> anyhow::Result<bool> {
+        match &self.place {
+            Place::Kept(ground) => Ok(ground.mounts.has_stack_on(target)?),
+            Place::Fresh(_) => Ok(false),
+        }
+    }
+
+    /// Takes away what a daemon before this one left and nobody has taken up; `targets` are mounts that are there.
+    pub(super) fn settle(&self, targets: &BTreeSet<PathBuf>) {
+        if let Place::Kept(ground) = &self.place {
+            ground.mounts.settle(targets);
+        }
+    }
+
+    /// From now on what the kernel shows without this process stays when it is let go of, for the next daemon.
+    pub(super) fn leave(&self) {
+        if let Place::Kept(ground) = &self.place {
+            ground.mounts.leave();
+        }
     }
 
     /// How many FUSE connections there are for its lazy layers alone.

@@ -49,6 +49,11 @@ pub trait Shown: fmt::Debug + Send + Sync {
     /// Done when it is gone from the mount point and the last file is closed, by whomever and also if that was before.
     fn ended(&self) -> BoxFuture<'static, ()>;
 
+    /// True if it goes on without this process, and another one can take it up.
+    fn needs_nobody(&self) -> bool {
+        false
+    }
+
     /// How many FUSE connections it has for itself.
     fn own_connections(&self) -> u64;
 }
@@ -152,6 +157,10 @@ impl Shown for Explained {
 
     fn ended(&self) -> BoxFuture<'static, ()> {
         self.0.ended()
+    }
+
+    fn needs_nobody(&self) -> bool {
+        self.0.needs_nobody()
     }
 
     fn own_connections(&self) -> u64 {

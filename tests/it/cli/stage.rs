@@ -71,7 +71,7 @@ impl Stage {
             let run = self.path("run");
             let text = format!(
                 "run = {run:?}\n[registry]\ncerts_d = [{certs:?}]\ndocker_config = {login:?}\nrounds = 2\n[fill]\n\
-                 enabled = {}\n",
+                 enabled = {}\n[daemon]\nkeep_mounts = false\n",
                 self.fills
             );
             fs::write(&config, text).unwrap();

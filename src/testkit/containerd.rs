@@ -28,13 +28,18 @@ use crate::oci::{Document, media};
 /// Bytes in one message of a read: small, so that answers come in pieces.
 const PIECE: usize = 1000;
 
+/// Namespace and digest.
+type Name = (String, String);
+
+/// A blob, and what is noted about it.
+type Noted = (Vec<u8>, HashMap<String, String>);
+
 #[derive(Default)]
 struct State {
     version: String,
     hangs: bool,
     asked: Vec<String>,
-    /// (namespace, digest) -> bytes and labels.
-    content: BTreeMap<(String, String), (Vec<u8>, HashMap<String, String>)>,
+    content: BTreeMap<Name, Noted>,
 }
 
 #[derive(Clone, Default)]

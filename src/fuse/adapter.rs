@@ -7,7 +7,7 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::panic::{self, AssertUnwindSafe};
 use std::path::Path;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use fuser::{
@@ -44,7 +44,12 @@ pub(super) struct Connection<F> {
     pub(super) counting: Counting,
     /// The kernel's number of the first request that came.
     pub(super) first: OnceLock<u64>,
+    /// What was asked of files that are not there yet; none if everything is.
+    pub(super) early: Mutex<Option<Vec<Early>>>,
 }
+
+/// Goes on with a request that came too early.
+pub(super) type Early = Box<dyn FnOnce() + Send>;
 
 /// A request on its way to an answer.
 struct Parcel<Q: Request> {
@@ -92,6 +97,11 @@ impl<F: FileSystem> Connection<F> {
                 Err((reply, Failure::Vfs(vfs::Error::Absent { layer, device, range }))) => {
                     (reply, Missing { layer, device, range })
                 }
+                Err((reply, failure @ (Failure::NoName | Failure::Vfs(vfs::Error::NoSuchInode(_))))) => {
+                    let parcel = Parcel { request, reply, caller, rounds, since };
+                    let Some(Parcel { request, reply, .. }) = self.put_off(parcel) else { return };
+                    return self.refuse::<Q>(&request, reply, &failure);
+                }
                 Err((reply, failure)) => return self.refuse::<Q>(&request, reply, &failure),
             };
             let since = since.unwrap_or_else(Instant::now);
@@ -99,6 +109,22 @@ impl<F: FileSystem> Connection<F> {
             let Some(next) = self.ask(waiting, missing, since + self.patience) else { return };
             parcel = next;
         }
+    }
+
+    /// Lets a request wait until everything is there that should be; gives it back if that is so.
+    fn put_off<Q: Request>(self: &Arc<Self>, parcel: Parcel<Q>) -> Option<Parcel<Q>> {
+        let mut early = self.early.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(early) = early.as_mut() else { return Some(parcel) };
+        let connection = Arc::clone(self);
+        early.push(Box::new(move || connection.go_on(parcel)));
+        None
+    }
+
+    /// Everything is there: what is still not never will be.
+    pub(super) fn is_complete(&self) {
+        self.fs.is_complete();
+        let early = self.early.lock().unwrap_or_else(PoisonError::into_inner).take();
+        early.into_iter().flatten().for_each(|go_on| go_on());
     }
 
     /// Asks for what a request lacks and lets it wait in a ticket. Gives it back if it can go on at once.

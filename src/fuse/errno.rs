@@ -68,6 +68,9 @@ pub enum Failure {
         /// Which bytes.
         range: crate::model::ByteRange,
     },
+    /// There is no such name, and there may be one later.
+    #[error("there is no such name")]
+    NoName,
     /// There is no such extended attribute.
     #[error("there is no such extended attribute")]
     NoAttribute,
@@ -100,6 +103,7 @@ impl Failure {
             | Self::StillAbsent { .. } => Errno::EIO,
             // Whoever hears this of a call that no signal interrupted asks again, as of one that a signal did.
             Self::Abandoned { .. } | Self::Lost => Errno::EINTR,
+            Self::NoName => Errno::ENOENT,
             Self::NoAttribute => Errno::ENODATA,
             Self::BufferTooSmall => Errno::ERANGE,
             Self::NothingBehind => Errno::ENXIO,
@@ -218,6 +222,7 @@ mod tests {
             (Failure::Abandoned { layer: 0, range }, Errno::EINTR),
             (Failure::Lost, Errno::EINTR),
             (Failure::StillAbsent { layer: 0, range }, Errno::EIO),
+            (Failure::NoName, Errno::ENOENT),
             (Failure::NoAttribute, Errno::ENODATA),
             (Failure::BufferTooSmall, Errno::ERANGE),
             (Failure::NothingBehind, Errno::ENXIO),

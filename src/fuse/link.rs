@@ -67,6 +67,11 @@ impl Kept {
         [self.device.as_fd(), self.record.as_fd()]
     }
 
+    /// True as long as there is a connection.
+    pub fn is_connected(&self) -> bool {
+        is_connected(&self.device)
+    }
+
     /// What was kept, in any order.
     ///
     /// # Errors
@@ -169,6 +174,11 @@ impl Link {
     /// Where it is mounted, absolute and without links.
     pub fn mount_point(&self) -> &Path {
         &self.mount_point
+    }
+
+    /// Device number of the mount.
+    pub const fn number(&self) -> (u32, u32) {
+        self.number
     }
 
     /// True if a process served it before, so that the kernel knows what that one told it.

@@ -116,6 +116,7 @@ trait Steer: Send + Sync {
     fn waiting(&self) -> usize;
     fn counters(&self) -> Counters;
     fn close(&self);
+    fn is_complete(&self);
 }
 
 impl<F: FileSystem> Steer for Connection<F> {
@@ -129,6 +130,10 @@ impl<F: FileSystem> Steer for Connection<F> {
 
     fn close(&self) {
         self.deadlines.close();
+    }
+
+    fn is_complete(&self) {
+        self.is_complete();
     }
 }
 
@@ -146,8 +151,9 @@ pub fn serve<F: FileSystem>(fs: F, mount_point: &Path, options: &ServeOptions) -
     serve_link(fs, Link::mount(mount_point, options)?, options)
 }
 
-/// Serves `fs` on a connection that is mounted already. If a process served it before, `fs` must have everything that was
-/// shown then, under the same numbers: the kernel goes on where it was.
+/// Serves `fs` on a connection that is mounted already. If a process served it before, `fs` must get everything that was
+/// shown then, under the same numbers: the kernel goes on where it was. Who asks for a file that is not there yet waits for
+/// [`Server::is_complete`].
 ///
 /// # Errors
 /// See [`ServeError`]; nothing is mounted then.
@@ -167,7 +173,8 @@ pub fn serve_link<F: FileSystem>(fs: F, link: Link, options: &ServeOptions) -> R
     let acl = options.default_permissions && fs.may_show_xattrs();
     let counting = Counting::default();
     let first = OnceLock::new();
-    let connection = Arc::new(Connection { fs, deadlines, patience: options.patience, counting, first });
+    let early = Mutex::new(link.was_served().then(Vec::new));
+    let connection = Arc::new(Connection { fs, deadlines, patience: options.patience, counting, first, early });
     server.connection = Some(Arc::<Connection<F>>::clone(&connection));
     let mut config = fuser::Config::default();
     config.n_threads = Some(options.threads.max(1));
@@ -221,6 +228,13 @@ impl Server {
     /// The same by what they asked for.
     pub fn counters(&self) -> Counters {
         self.connection.as_ref().map(|connection| connection.counters()).unwrap_or_default()
+    }
+
+    /// Says that what a process before this one showed is there again: what is not never will be.
+    pub fn is_complete(&self) {
+        if let Some(connection) = &self.connection {
+            connection.is_complete();
+        }
     }
 
     /// What another process needs to serve on when this one is gone; none when the connection is over.

@@ -82,10 +82,12 @@ impl Request for Lookup {
 
     fn attempt<F: FileSystem>(&self, fs: &F, reply: ReplyEntry) -> Result<(), (ReplyEntry, Failure)> {
         let found = answer!(reply, fs.lookup(self.parent, &self.name));
+        if found.is_none() && fs.may_change(self.parent) {
+            return Err((reply, Failure::NoName));
+        }
         // Inode 0 says that there is none, and that the kernel may remember it.
-        let valid = if found.is_none() && fs.may_change(self.parent) { Duration::ZERO } else { FOREVER };
         let attr = found.map_or(unknown(0, FileKind::Regular), |stat| attr(&stat));
-        reply.entry(&valid, &attr, GENERATION);
+        reply.entry(&FOREVER, &attr, GENERATION);
         Ok(())
     }
 }

@@ -92,6 +92,9 @@ pub trait FileSystem: Send + Sync + 'static {
     /// From now on `cache` is told what changes. What an earlier connection of this process had looked up counts no more.
     fn connect(&self, _cache: Arc<dyn KernelCache>, _memory: KernelMemory) {}
 
+    /// What the kernel remembers from another process is there again, as far as it ever will be.
+    fn is_complete(&self) {}
+
     /// The layer that an operation on `ino` counts as `layer`, in a person's words, if that says more than the number.
     fn describe(&self, _ino: u64, _layer: u16) -> Option<String> {
         None
@@ -209,6 +212,10 @@ impl<F: FileSystem> FileSystem for Arc<F> {
 
     fn connect(&self, cache: Arc<dyn KernelCache>, memory: KernelMemory) {
         (**self).connect(cache, memory);
+    }
+
+    fn is_complete(&self) {
+        (**self).is_complete();
     }
 
     fn describe(&self, ino: u64, layer: u16) -> Option<String> {

@@ -45,6 +45,15 @@ fn a_process_that_serves_a_forest() {
     let (length, kept) = receive(&keeper, &mut words).unwrap();
     let word = std::str::from_utf8(&words[..length]).unwrap();
     let forest = Arc::new(Forest::new());
+    let options = ServeOptions { patience: PATIENCE, ..ServeOptions::for_this_user("takeover") };
+    let taken = |kept| Link::take_up(Kept::found(kept).unwrap(), &place).unwrap();
+    // What comes before everything is there again has to wait.
+    let server = match word {
+        "new" => serve(Arc::clone(&forest), &place, &options).unwrap(),
+        "go on" => serve_link(Arc::clone(&forest), taken(kept), &options).unwrap(),
+        "go on as before 6.9" => serve_link(Arc::clone(&forest), taken(kept).without_resend(), &options).unwrap(),
+        other => panic!("{other}"),
+    };
     let mut sources = Vec::new();
     for (layer, slot) in [(0, 3), (1, 170)] {
         let image = layer_of(&files(layer));
@@ -57,14 +66,7 @@ fn a_process_that_serves_a_forest() {
     let name = Name::new(&b"42"[..]).unwrap();
     let slot = Some(SnapshotSlot(9));
     forest.add_snapshot(&name, &[LayerSlot(3), LayerSlot(170)], slot).unwrap();
-    let options = ServeOptions { patience: PATIENCE, ..ServeOptions::for_this_user("takeover") };
-    let taken = |kept| Link::take_up(Kept::found(kept).unwrap(), &place).unwrap();
-    let server = match word {
-        "new" => serve(Arc::clone(&forest), &place, &options).unwrap(),
-        "go on" => serve_link(Arc::clone(&forest), taken(kept), &options).unwrap(),
-        "go on as before 6.9" => serve_link(Arc::clone(&forest), taken(kept).without_resend(), &options).unwrap(),
-        other => panic!("{other}"),
-    };
+    server.is_complete();
     {
         let kept = server.kept();
         send(&keeper, b"ready", &kept.as_ref().unwrap().descriptors()).unwrap();

@@ -383,7 +383,12 @@ impl<R: Bring> FileSystem for Forest<R> {
             // What was listed then need not be what is listed now.
             self.tell(SNAPSHOTS_INO, None);
             self.tell(LAYERS_INO, None);
+            self.tell(RAW_INO, None);
         }
+    }
+
+    fn is_complete(&self) {
+        self.change().presumes = false;
     }
 
     fn describe(&self, ino: u64, layer: u16) -> Option<String> {

@@ -62,6 +62,10 @@ pub(super) struct Tables<R> {
     pub(super) trees: BTreeMap<u32, TreeRecord<R>>,
     /// The listed snapshots.
     pub(super) names: BTreeMap<Name, u32>,
+    /// The kernel remembers what another process told it.
+    is_remembered: bool,
+    /// What is listed at this moment may be what it remembers.
+    pub(super) presumes: bool,
     /// The files of listed layers.
     pub(super) files: BTreeMap<String, u32>,
     /// Every layer that ever was, so that it has its numbers again when it comes again. Some 100 bytes each.
@@ -83,6 +87,8 @@ impl<R> Default for Tables<R> {
             layers: BTreeMap::new(),
             trees: BTreeMap::new(),
             names: BTreeMap::new(),
+            is_remembered: false,
+            presumes: false,
             files: BTreeMap::new(),
             slots: HashMap::new(),
             diff_ids: HashMap::new(),
@@ -167,6 +173,7 @@ impl<R: ReadAt> Tables<R> {
         wanted: Option<u32>,
     ) -> Result<u32, ForestError> {
         let slot = self.layer_slot(diff_id, wanted)?;
+        let presumes = self.presumes;
         let record = self.layers.entry(slot).or_insert_with(|| {
             let file = layer_stat(slot, &layer);
             let nid = layer.image().root().0;
@@ -180,11 +187,15 @@ impl<R: ReadAt> Tables<R> {
                 references: References::default(),
                 raw_references: References::default(),
             });
+            leaf.references.set(presumes);
+            leaf.raw_references.set(presumes);
             LayerRecord { leaf, listed: 0, name: String::new(), shown: 0, cut: false }
         });
         if record.listed == 0 {
             let plain = diff_id.to_string();
-            record.name = if self.files.contains_key(&plain) { format!("{plain}.{slot}") } else { plain };
+            // A name that the kernel may know from another process must lead to the same file: with its number it does.
+            let taken = self.is_remembered || self.files.contains_key(&plain);
+            record.name = if taken { format!("{plain}.{slot}") } else { plain };
             self.files.insert(record.name.clone(), slot);
         }
         record.listed = record.listed.saturating_add(1);
@@ -287,6 +298,7 @@ impl<R: ReadAt> Tables<R> {
             });
             record.shown = record.shown.saturating_add(1);
         }
+        tree.references.set(self.presumes);
         self.names.insert(tree.name.clone(), tree.slot);
         self.trees.insert(tree.slot, TreeRecord { tree: Arc::new(tree), listed: true });
         self.trees_changed = now();
@@ -360,6 +372,8 @@ impl<R: ReadAt> Tables<R> {
     /// Begins with a kernel that remembers nothing, or nobody knows what.
     pub(super) fn start_over(&mut self, memory: KernelMemory) -> Vec<Garbage<R>> {
         let presumed = memory == KernelMemory::Unknown;
+        self.is_remembered = presumed;
+        self.presumes = presumed;
         for record in self.trees.values() {
             record.tree.references.set(presumed);
         }

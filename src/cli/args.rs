@@ -87,6 +87,8 @@ pub(crate) enum Command {
     Snapshots(Snapshots),
     Cleanup(Cleanup),
     Serve(Serve),
+    #[command(hide = true)]
+    Hold(Hold),
     Completions(Completions),
     Man(Man),
 }
@@ -378,6 +380,17 @@ pub(crate) struct Serve {
     /// Append a line per request to this file: time, peer, method, path, range, status, bytes
     #[arg(long, value_name = "FILE")]
     pub(crate) access_log: Option<PathBuf>,
+}
+
+/// Keep the descriptors of a FUSE connection while there is no daemon. The daemon starts this.
+#[derive(Debug, Args)]
+pub(crate) struct Hold {
+    /// The daemon's run directory
+    #[arg(long, value_name = "DIR")]
+    pub(crate) run: PathBuf,
+    /// How long to wait for the next daemon
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) patience: u64,
 }
 
 /// Print a completion script for a shell.

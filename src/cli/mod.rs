@@ -48,6 +48,7 @@ fn run(context: &Context, command: Command) -> anyhow::Result<ExitCode> {
         Command::Mount(arguments) => commands::mount::mount(context, &arguments),
         Command::Umount(arguments) => commands::umount::umount(context, &arguments),
         Command::Daemon(_) => commands::daemon::run(context),
+        Command::Hold(arguments) => commands::daemon::hold(&arguments),
         Command::Cleanup(arguments) => commands::cleanup::cleanup(context, &arguments),
         Command::Status(_) => commands::status::status(context),
         Command::Snapshots(_) => commands::snapshots::snapshots(context),

@@ -6,6 +6,7 @@ pub mod config;
 pub mod examine;
 pub mod host;
 pub mod image;
+pub mod keeper;
 pub mod ledger;
 mod listener;
 pub mod logins;

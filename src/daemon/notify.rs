@@ -2,9 +2,12 @@
 
 use std::ffi::OsStr;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
+
+use crate::sys::descriptors::send;
 
 /// The service manager, if one started this process.
 #[derive(Debug, Clone, Default)]
@@ -28,8 +31,21 @@ impl Notify {
 
     /// Says `words`, lines of `NAME=VALUE`. That nobody hears it is no error: it is told in the log.
     pub fn say(&self, words: &str) {
+        self.say_with(words, &[]);
+    }
+
+    /// Has the manager keep `descriptors` under `name` beyond this process. They are not watched: the manager would wake up
+    /// for whatever comes through them.
+    pub fn store(&self, name: &str, descriptors: &[BorrowedFd<'_>]) {
+        self.say_with(&format!("FDSTORE=1\nFDNAME={name}\nFDPOLL=0"), descriptors);
+    }
+
+    fn say_with(&self, words: &str, descriptors: &[BorrowedFd<'_>]) {
         let Some(address) = &self.0 else { return };
-        let sent = UnixDatagram::unbound().and_then(|socket| socket.send_to_addr(words.as_bytes(), address));
+        let sent = UnixDatagram::unbound().and_then(|socket| {
+            socket.connect_addr(address)?;
+            send(&socket, words.as_bytes(), descriptors)
+        });
         if let Err(error) = sent {
             tracing::warn!(%error, "cannot tell the service manager: {words}");
         }
@@ -38,7 +54,10 @@ impl Notify {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd as _;
+
     use super::*;
+    use crate::sys::descriptors::{packet_pair, receive};
 
     #[test]
     fn words_reach_sockets_of_both_kinds() {
@@ -54,6 +73,13 @@ mod tests {
             assert_eq!(&buffer[..length], b"READY=1");
         }
         Notify::new(None).unwrap().say("READY=1");
+        let (one, other) = packet_pair().unwrap();
+        let path = temporary.path().join("store");
+        let manager = UnixDatagram::bind(&path).unwrap();
+        Notify::new(Some(path.as_os_str())).unwrap().store("name", &[one.as_fd(), other.as_fd()]);
+        let mut buffer = [0; 64];
+        let (length, descriptors) = receive(&manager, &mut buffer).unwrap();
+        assert_eq!((&buffer[..length], descriptors.len()), (&b"FDSTORE=1\nFDNAME=name\nFDPOLL=0"[..], 2));
         Notify::new(Some(OsStr::new("/nowhere/at/all"))).unwrap().say("READY=1");
     }
 }

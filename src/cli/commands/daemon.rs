@@ -1,15 +1,18 @@
 //! `headstart daemon`, and the way of other commands to it.
 
+use std::os::fd::AsFd as _;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 
 use super::Context;
+use crate::cli::args;
 use crate::cli::logging;
 use crate::cli::report::fault;
 use crate::control::{Client, ControlError};
 use crate::daemon::config::Surroundings;
+use crate::daemon::keeper::hold as hold_until_the_end;
 use crate::daemon::place::{self, Holder};
 use crate::daemon::service::{self, Above};
 
@@ -38,6 +41,17 @@ pub(crate) fn run(context: &Context) -> anyhow::Result<ExitCode> {
     let done = service::run(&config, &above, runtime.handle());
     runtime.shutdown_timeout(LAST_WORK);
     done.map(|()| ExitCode::SUCCESS)
+}
+
+/// `headstart hold`: what the daemon gave over the standard input is kept beyond it.
+pub(crate) fn hold(arguments: &args::Hold) -> anyhow::Result<ExitCode> {
+    let first = std::io::stdin().as_fd().try_clone_to_owned().context("cannot use the standard input")?;
+    let patience = Duration::from_secs(arguments.patience);
+    // What ends the daemon's session is none of its business. A leader of a group already is as good.
+    rustix::process::setsid().ok();
+    hold_until_the_end(&arguments.run, patience, first)
+        .with_context(|| format!("cannot hold descriptors for {}", arguments.run.display()))?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// The daemon of this root, if there is one: its process, and how to ask it.

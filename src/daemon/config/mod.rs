@@ -18,6 +18,7 @@ use serde::Deserialize;
 
 use crate::drivers::Wanted;
 use crate::store::CacheGoal;
+use crate::sys::descriptors::Announced;
 use said::{Said, nearest_key, unknown_key};
 use values::{Size, Span};
 
@@ -121,6 +122,10 @@ pub struct Surroundings {
     pub runtime_dir: Option<PathBuf>,
     /// `NOTIFY_SOCKET`, of a service manager.
     pub notify_socket: Option<OsString>,
+    /// `FDSTORE`: how many descriptors the service manager keeps for the next process.
+    pub descriptor_store: Option<u32>,
+    /// `LISTEN_PID`, `LISTEN_FDS` and `LISTEN_FDNAMES`: what the service manager has passed on.
+    pub announced: Announced,
 }
 
 impl Surroundings {
@@ -135,6 +140,12 @@ impl Surroundings {
             docker_config: path("DOCKER_CONFIG"),
             runtime_dir: path("XDG_RUNTIME_DIR"),
             notify_socket: std::env::var_os("NOTIFY_SOCKET").filter(|value| !value.is_empty()),
+            descriptor_store: std::env::var("FDSTORE").ok().and_then(|number| number.parse().ok()),
+            announced: Announced {
+                pid: std::env::var("LISTEN_PID").ok(),
+                count: std::env::var("LISTEN_FDS").ok(),
+                names: std::env::var("LISTEN_FDNAMES").ok(),
+            },
         }
     }
 

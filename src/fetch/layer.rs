@@ -219,7 +219,7 @@ impl LayerImage {
 
     /// True if parts of it can be had; else it is read from start to end.
     pub fn comes_in_pieces(&self) -> bool {
-        self.chunked().is_some_and(|chunked| chunked.index.len() > 0)
+        self.chunked().is_some_and(|chunked| !chunked.index.is_empty())
     }
 
     /// What the bytes of its image are verified against.

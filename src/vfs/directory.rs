@@ -193,13 +193,16 @@ impl<R: ReadAt> Vfs<R> {
     }
 }
 
+/// Takes an entry of a directory and the position behind it.
+type TakeEntry<'a> = dyn FnMut(&DirEntry, u64) -> Result<ControlFlow<()>, Error> + 'a;
+
 /// Hands the entries of a directory of one layer behind `position` (a block and an entry of it), with the position behind
 /// each, to `each` until it breaks.
 pub(super) fn entries<R: ReadAt>(
     layer: &Layer<R>,
     dir: NodeId,
     position: u64,
-    each: &mut dyn FnMut(&DirEntry, u64) -> Result<ControlFlow<()>, Error>,
+    each: &mut TakeEntry<'_>,
 ) -> Result<ControlFlow<()>, Error> {
     let of_layer = |source| Error::of_layer(dir.layer, source);
     let inode = layer.image().inode(Nid(dir.nid)).map_err(of_layer)?;

@@ -24,7 +24,7 @@ mod usage;
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 pub use error::SnapshotsError;
@@ -37,7 +37,7 @@ use crate::chain::{
 };
 use crate::model::{BlobDigest, ChainId, DiffId, Timestamp};
 use crate::store::records::{Records, RecordsError};
-use crate::store::{Anchor, Store};
+use crate::store::{self, Anchor, Store};
 
 /// How often to try again what somebody else has open: less than a person notices, more than a step takes.
 const AGAIN: Duration = Duration::from_millis(10);
@@ -63,6 +63,8 @@ pub struct Snapshots {
     store: Arc<Store>,
     files: Files,
     config: SnapshotsConfig,
+    /// Layers that nothing recorded is made of any more, and whose images may still be there. Held for the time of a look.
+    released: Mutex<BTreeSet<LayerId>>,
 }
 
 /// What a snapshot is mounted from.
@@ -132,7 +134,7 @@ impl Snapshots {
     pub fn open(store: Arc<Store>, config: SnapshotsConfig) -> Result<(Self, Recovery), SnapshotsError> {
         let records = Records::open(store.root())?;
         let files = Files::open(store.root())?;
-        let snapshots = Self { records, store, files, config };
+        let snapshots = Self { records, store, files, config, released: Mutex::default() };
         let recovery = snapshots.recover()?;
         Ok((snapshots, recovery))
     }
@@ -292,8 +294,43 @@ impl Snapshots {
     /// # Errors
     /// See [`SnapshotsError`].
     pub fn remove(&self, key: &str) -> Result<(), SnapshotsError> {
-        self.command(&Command::Remove { key: Key::new(key)? })?;
+        let change = self.command(&Command::Remove { key: Key::new(key)? })?;
+        let released = change.effects.into_iter().filter_map(|effect| match effect {
+            Effect::ReleaseLayer(layer) => Some(layer.id),
+            _ => None,
+        });
+        self.released().extend(released);
         Ok(())
+    }
+
+    fn released(&self) -> MutexGuard<'_, BTreeSet<LayerId>> {
+        self.released.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Deletes the images of layers that removed snapshots were made of, as far as nothing else that is recorded is made of
+    /// them and nobody uses them. How many are left for another time.
+    ///
+    /// # Errors
+    /// Directories that cannot be read or moved.
+    pub fn free_released(&self) -> Result<usize, SnapshotsError> {
+        let looked_at = self.released().clone();
+        let is_there = |id: &LayerId| {
+            store::image_path(self.store.root(), &id.blob, &id.anchor).is_some_and(|image| image.exists())
+        };
+        let mut left: BTreeSet<LayerId> = looked_at.iter().filter(|id| is_there(id)).cloned().collect();
+        self.records.read(|chain| {
+            for layer in chain.layers() {
+                left.remove(&layer.id);
+            }
+        });
+        if !left.is_empty() {
+            // Who has begun to need one again has it open.
+            self.store.evict_these(&left.iter().map(|id| (id.blob.to_string(), id.anchor.clone())).collect())?;
+            left.retain(is_there);
+        }
+        let mut released = self.released();
+        released.retain(|id| left.contains(id) || !looked_at.contains(id));
+        Ok(left.len())
     }
 
     /// The snapshot with this key or name.

@@ -251,7 +251,7 @@ fn a_start_finds_what_happened_while_nobody_listened() {
 }
 
 fn image_path(root: &Path, layer: &LayerSpec) -> PathBuf {
-    crate::store::image_path(root, &layer.blob, &layer.anchor.to_string()).unwrap()
+    store::image_path(root, &layer.blob, &layer.anchor.to_string()).unwrap()
 }
 
 #[test]

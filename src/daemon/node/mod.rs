@@ -23,12 +23,13 @@ mod mounts;
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use anyhow::Context as _;
 use futures::StreamExt as _;
 use tokio::runtime::Handle;
+use tokio::sync::Notify;
 
 use super::recorder::spec;
 use crate::chain::{ChainError, Content, Key, Kind, Labels, Layer, LayerSlot, Owner, Snapshot, Unmet, Usage};
@@ -55,6 +56,10 @@ const MAX_SIZE: &str = "containerd.io/snapshot/max-size";
 /// How many layers are brought back at once after a restart. Each mounts and reads a few blocks.
 const AT_ONCE: usize = 8;
 
+/// How long to wait for somebody who still uses a layer that is to be deleted: an image that was just opened is remembered
+/// for some minutes.
+const TIDY_AGAIN: Duration = Duration::from_secs(30);
+
 /// How a node behaves.
 #[derive(Debug, Clone)]
 pub struct NodeOptions {
@@ -79,6 +84,8 @@ struct Inner {
     links: Links,
     kernel: Kernel,
     runtime: Handle,
+    /// Told when something may have become garbage.
+    untidy: Arc<Notify>,
     /// Layers that are shown, by number. Never locked while somebody waits for anything.
     shown: Mutex<BTreeMap<LayerSlot, Arc<Shown>>>,
     applies: diff::Applies,
@@ -118,7 +125,21 @@ impl Node {
         let links = Links::new(options.links.clone());
         let kernel = Kernel::of_this_machine();
         let (shown, applies) = (Mutex::default(), diff::Applies::default());
-        Ok(Self(Arc::new(Inner { snapshots, layers, shelves, options, links, kernel, runtime, shown, applies })))
+        let untidy = Arc::<Notify>::default();
+        let inner = Arc::new(Inner {
+            snapshots,
+            layers,
+            shelves,
+            options,
+            links,
+            kernel,
+            runtime,
+            untidy: Arc::clone(&untidy),
+            shown,
+            applies,
+        });
+        inner.runtime.spawn(keep_tidy(Arc::downgrade(&inner), untidy));
+        Ok(Self(inner))
     }
 
     /// Shows the layers of all snapshots that containerd knows, from what was kept. What cannot be shown is logged.
@@ -220,14 +241,36 @@ impl Node {
         }
         owned
     }
+}
 
-    /// Unmounts layers that no snapshot uses any more, some time soon.
-    fn tidy(&self) {
-        let gone = self.0.unused();
-        if !gone.is_empty() {
-            let tidying = self.0.runtime.spawn_blocking(move || drop(gone));
-            drop(tidying);
+/// Unmounts layers that no snapshot uses any more, and deletes what was fetched of them, as long as the node is there.
+async fn keep_tidy(node: Weak<Inner>, untidy: Arc<Notify>) {
+    loop {
+        let Some(inner) = node.upgrade() else { return };
+        let tidying = tokio::task::spawn_blocking(move || {
+            drop(inner.unused());
+            inner.snapshots.free_released()
+        });
+        let left = match tidying.await {
+            Ok(Ok(left)) => left,
+            Ok(Err(error)) => {
+                let error: &dyn std::error::Error = &error;
+                tracing::warn!(error, "what removed snapshots were made of is not deleted yet");
+                1
+            }
+            Err(_) => 1,
+        };
+        match left {
+            0 => untidy.notified().await,
+            // Whoever still uses them may be done then.
+            _ => drop(tokio::time::timeout(TIDY_AGAIN, untidy.notified()).await),
         }
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.untidy.notify_one();
     }
 }
 
@@ -540,7 +583,7 @@ impl Snapshotter for Node {
             Ok(())
         })
         .await?;
-        self.tidy();
+        self.0.untidy.notify_one();
         Ok(())
     }
 
@@ -567,7 +610,7 @@ impl Snapshotter for Node {
     }
 
     async fn cleanup(&self) -> Result<(), SnapshotterError> {
-        self.tidy();
+        self.0.untidy.notify_one();
         Ok(())
     }
 }

@@ -156,7 +156,7 @@ impl Stage {
         // Sockets have short names.
         let directory = tempfile::Builder::new().prefix("hs").tempdir_in("/tmp").unwrap();
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-        let store = Arc::new(Store::open(&directory.path().join("layers")).unwrap());
+        let store = Arc::new(Store::open(&directory.path().join("root")).unwrap());
         let world = Arc::new(World {
             fetcher: Fetcher::new(store, runtime.handle().clone(), FetchConfig::default()).unwrap(),
             source: ScriptedSource::new(1000),

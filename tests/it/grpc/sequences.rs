@@ -162,10 +162,23 @@ fn served_layers_are_there_already() {
     assert_eq!(written(&one), format!("bind {}/1 ro rbind", l.display()));
     let two = stage.view_with("one/11/view", "sha256:c1", &[]).unwrap();
     assert_eq!(written(&two), format!("overlay overlay lowerdir={0}/2:{0}/1", l.display()));
-    for key in ["one/9/container", "one/10/view", "one/11/view", "sha256:c1", "sha256:c0"] {
+    let blobs = || fs::read_dir(stage.path("root/blobs/sha256")).unwrap().count();
+    assert_eq!(blobs(), 2);
+    for key in ["one/9/container", "one/10/view", "one/11/view"] {
         stage.remove(key).unwrap();
     }
+    stage.cleanup().unwrap();
+    // Who has it open keeps the first.
+    stage.world.served.lock().unwrap().remove("sha256:c1");
+    stage.remove("sha256:c1").unwrap();
+    wait_until("a removed layer is not shown any more", || stage.held() == [LayerSlot(1)]);
+    wait_until("what was fetched of it is deleted", || blobs() == 1);
+    stage.remove("sha256:c0").unwrap();
     wait_until("removed layers are not shown any more", || stage.held().is_empty());
+    assert_eq!(blobs(), 1, "an open layer was deleted");
+    stage.world.served.lock().unwrap().clear();
+    stage.cleanup().unwrap();
+    wait_until("what was fetched is deleted", || blobs() == 0);
 }
 
 #[test]

@@ -19,14 +19,14 @@ use super::recorder::PATIENCE;
 use crate::fetch::{FetchConfig, FetchError, Fetcher, LayerImage, Room};
 use crate::model::{BlobDigest, ByteRange, ReadAt, ReadAtError};
 use crate::oci::{
-    self, Descriptor, Document, ImagePlan, LayerPlan, LayoutImage, Manifest, PlanError, Platform, Prefer, Reference,
-    StackedLayer,
+    self, Descriptor, Document, ImagePlan, LayerFault, LayerPlan, LayoutImage, Manifest, PlanError, Platform, Prefer,
+    Reference, StackedLayer,
 };
 use crate::registry::{Client, ClientConfig, CredentialConfig, Patience};
 use crate::snapshots::{Snapshots, SnapshotsConfig};
 use crate::store::{CacheGoal, Evicted, Recorded, Store, StoreConfig, StoreError};
 use crate::transport::{ImageSource, ResolvedImage, Transports};
-use crate::unpack::{Progress, unpack_ordinary};
+use crate::unpack::{Part, Progress, unpack_tars};
 use crate::vfs::{self, Bring, Layer, Purpose, Vfs};
 
 /// The rooms below, as the configuration wants them.
@@ -321,7 +321,7 @@ impl House {
         &self.runtime
     }
 
-    /// Opens the layers of any image: those of an ordinary one are unpacked first, which takes as long as all of it needs
+    /// Opens the layers of any image: those that are tars are unpacked first, which takes as long as all of it needs
     /// to come; `progress` tells how far that is.
     ///
     /// # Errors
@@ -331,15 +331,36 @@ impl House {
         documents: Documents,
         progress: Option<Arc<Progress>>,
     ) -> anyhow::Result<OpenImage> {
-        if !matches!(documents.plan(), Err(PlanError::Tar)) {
-            return self.open_image(documents).await;
+        match documents.plan() {
+            Err(PlanError::Tar) => {}
+            Err(PlanError::Layer { fault, .. }) if matches!(*fault, LayerFault::Tar(_)) => {}
+            _ => return self.open_image(documents).await,
         }
+        let plan = ImagePlan::with_tars(&documents.manifest, &documents.config)
+            .with_context(|| format!("cannot mount or read {}", documents.reference))?;
         let progress = progress.unwrap_or_else(|| Arc::new(Progress::new(documents.layers())));
-        let (fetcher, diff_ids) = (self.fetcher()?, documents.config.diff_ids().to_vec());
-        let layers =
-            unpack_ordinary(fetcher, &self.runtime, &documents.source, documents.layers(), &diff_ids, progress).await?;
-        let stack = (0..layers.len()).map(|layer| StackedLayer { layer, devices: Vec::new(), data: Vec::new() });
-        let plan = ImagePlan { layers: Vec::new(), stack: stack.collect(), diff_ids };
+        let (fetcher, blobs) = (self.fetcher()?, documents.source.blobs());
+        let open = plan.layers.iter().map(async |layer| match layer.is_tar {
+            true => Ok(None),
+            false => fetcher.open_layer(layer.into(), Arc::clone(&blobs)).await.map(Some),
+        });
+        let mut layers = try_join_all(open).await?;
+        let part = |stacked: &StackedLayer| match layers.get(stacked.layer)? {
+            Some(layer) => Some(Part::Image(Arc::clone(layer))),
+            None => {
+                let layer = plan.layers.get(stacked.layer)?;
+                let descriptor = documents.layers().get(layer.position)?.clone();
+                Some(Part::Tar { descriptor, position: layer.position, diff_id: layer.diff_id })
+            }
+        };
+        let parts: Vec<Part> = plan.stack.iter().filter_map(part).collect();
+        let unpacked = unpack_tars(fetcher, &self.runtime, &documents.source, &parts, progress).await?;
+        for (stacked, layer) in plan.stack.iter().zip(unpacked) {
+            if let Some(place) = layers.get_mut(stacked.layer) {
+                *place = Some(layer);
+            }
+        }
+        let layers = layers.into_iter().flatten().collect();
         Ok(OpenImage { documents, plan, layers })
     }
 

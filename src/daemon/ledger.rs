@@ -2,20 +2,21 @@
 //! them, images forgotten.
 //!
 //! Guarantees. A layer that a snapshot or a pulled image is made of goes after all others; if it was a tar, and so does not
-//! come again by being read, only when everything is to go. What is in use never goes. Refuses to know who asks.
+//! come again by being read, only when everything is to go and no client's snapshot is made of it. What is in use never goes.
+//! Refuses to know who asks.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 
 use super::config::Config as Settings;
 use super::image::House;
 use super::recorder::PATIENCE;
-use crate::chain::{Chain, Content, Image, Key, Kind, Layer, Snapshot};
+use crate::chain::{Chain, Content, Image, Key, Kind, Layer, Owner, Snapshot};
 use crate::control::{Forgotten, Pruned, SeenImage, SeenLayer, SeenSnapshot, SnapshotsSeen};
 use crate::snapshots::{Snapshots, SnapshotsConfig, SnapshotsError, is_local, usage_of};
 use crate::store::records::{self, RecordsError};
-use crate::store::{CacheGoal, Evicted, Recorded, StoreError};
+use crate::store::{CacheGoal, Evicted, ImageName, Recorded, RecordedBy, StoreError};
 
 /// Why the cache or what is recorded could not be changed.
 #[derive(Debug, thiserror::Error)]
@@ -88,10 +89,18 @@ fn seen_image(chain: &Chain, image: &Image) -> SeenImage {
 
 /// The images of all layers that are recorded.
 fn recorded(chain: &Chain) -> Recorded {
-    chain.layers().map(image_of).collect()
+    let mut recorded: Recorded = chain.layers().map(|layer| (image_of(layer), RecordedBy::Pull)).collect();
+    for snapshot in chain.walk().filter(|snapshot| snapshot.owner == Owner::Client) {
+        if let Content::Layer(slot) = snapshot.content
+            && let Some(layer) = chain.layer(slot)
+        {
+            recorded.insert(image_of(layer), RecordedBy::Client);
+        }
+    }
+    recorded
 }
 
-fn image_of(layer: &Layer) -> (String, String) {
+fn image_of(layer: &Layer) -> ImageName {
     (layer.id.blob.to_string(), layer.id.anchor.clone())
 }
 
@@ -131,7 +140,8 @@ impl House {
 
     /// Whoever asks the records hears that these layers are not here any more.
     fn note_lost(&self, snapshots: &Snapshots, chain: &Chain, evicted: &Evicted) -> Result<(), SnapshotsError> {
-        let gone: Recorded = evicted.images.iter().map(|image| (image.blob.clone(), image.anchor.clone())).collect();
+        let gone: HashSet<ImageName> =
+            evicted.images.iter().map(|image| (image.blob.clone(), image.anchor.clone())).collect();
         let was_local = |layer: &&Layer| layer.local.is_some() && gone.contains(&image_of(layer));
         chain.layers().filter(was_local).try_for_each(|layer| {
             // Somebody may have brought it again.
@@ -150,7 +160,7 @@ impl House {
         records.forget(image)?;
         let snapshots = records.collect(&BTreeSet::new())?;
         let after = recorded(&records.all());
-        let gone: Recorded = before.difference(&after).cloned().collect();
+        let gone: HashSet<ImageName> = before.into_keys().filter(|image| !after.contains_key(image)).collect();
         let evicted = if prune { self.store.evict_these(&gone)? } else { Evicted::default() };
         Ok(Forgotten { image: image.to_owned(), snapshots, evicted })
     }

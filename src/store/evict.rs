@@ -8,7 +8,7 @@
 //! When an image was used last is the modification time of its lock file, set when somebody begins and ceases to use it:
 //! two system calls a use, and a crash costs at most the end of one.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
@@ -38,6 +38,8 @@ pub struct CacheEntry {
     /// A snapshot or a pulled image is made of it.
     pub recorded: bool,
     #[serde(skip)]
+    stays: bool,
+    #[serde(skip)]
     place: PathBuf,
 }
 
@@ -52,9 +54,21 @@ pub struct CacheGoal {
     pub all: bool,
 }
 
-/// Images that snapshots and pulled images are made of: blob, as `ALGORITHM:HEX`, and anchor. They go after all others, and
-/// not at all if only unpacking a tar would bring them again.
-pub type Recorded = HashSet<(String, String)>;
+/// An image: its blob, as `ALGORITHM:HEX`, and its anchor.
+pub type ImageName = (String, String);
+
+/// Images that snapshots and pulled images are made of. They go after all others. Those that only unpacking a tar would bring
+/// again go with everything at most, and not even then if somebody counts on them who may not be able to bring them.
+pub type Recorded = HashMap<ImageName, RecordedBy>;
+
+/// Who needs a recorded image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum RecordedBy {
+    /// Images that were pulled, and can be pulled again.
+    Pull,
+    /// A client's snapshot.
+    Client,
+}
 
 impl CacheEntry {
     /// One for tests.
@@ -67,6 +81,7 @@ impl CacheEntry {
             last_used: SystemTime::UNIX_EPOCH,
             in_use: false,
             recorded: true,
+            stays: false,
             place: PathBuf::new(),
         }
     }
@@ -99,7 +114,8 @@ impl CacheGoal {
 /// Which of `entries` go, in order. `free` are the free bytes of the disk.
 fn choose(entries: &[CacheEntry], goal: &CacheGoal, free: u64) -> Vec<usize> {
     let wanted = goal.excess(entries.iter().map(|entry| entry.bytes).sum(), free);
-    let may_go = |entry: &CacheEntry| !entry.in_use && (goal.all || !entry.recorded || entry.comes_again());
+    let may_go =
+        |entry: &CacheEntry| !entry.in_use && (!entry.recorded || entry.comes_again() || (goal.all && !entry.stays));
     let mut candidates: Vec<usize> =
         entries.iter().enumerate().filter(|(_, entry)| may_go(entry)).map(|(number, _)| number).collect();
     candidates
@@ -134,6 +150,7 @@ impl Store {
                         last_used: lock.modified().unwrap_or(SystemTime::UNIX_EPOCH),
                         in_use: shown.has(&place.join(blob::IMAGE)) || is_locked(&place),
                         recorded: false,
+                        stays: false,
                         place,
                     });
                 }
@@ -165,17 +182,18 @@ impl Store {
     pub fn evict(&self, goal: &CacheGoal, recorded: &Recorded, dry_run: bool) -> Result<Evicted, StoreError> {
         let mut entries = self.cache()?;
         for entry in &mut entries {
-            entry.recorded = recorded.contains(&(entry.blob.clone(), entry.anchor.clone()));
+            let by = recorded.get(&(entry.blob.clone(), entry.anchor.clone()));
+            (entry.recorded, entry.stays) = (by.is_some(), by == Some(&RecordedBy::Client));
         }
         let chosen = choose(&entries, goal, self.free_bytes()?);
         self.remove_all(&entries, &chosen, dry_run)
     }
 
-    /// Removes those of `images` (blob and anchor) that are not in use.
+    /// Removes those of `images` that are not in use.
     ///
     /// # Errors
     /// Directories that cannot be read or moved.
-    pub fn evict_these(&self, images: &Recorded) -> Result<Evicted, StoreError> {
+    pub fn evict_these(&self, images: &HashSet<ImageName>) -> Result<Evicted, StoreError> {
         let entries = self.cache()?;
         let wanted = |entry: &CacheEntry| !entry.in_use && images.contains(&(entry.blob.clone(), entry.anchor.clone()));
         let chosen: Vec<usize> =
@@ -280,6 +298,7 @@ mod tests {
             last_used: SystemTime::UNIX_EPOCH + Duration::from_secs(*used),
             in_use: *in_use,
             recorded: false,
+            stays: false,
             place: PathBuf::from(format!("/{number}")),
         };
         of.iter().enumerate().map(entry).collect()
@@ -325,5 +344,9 @@ mod tests {
         ] {
             assert_eq!(choose(&entries, &goal, 0), expected, "{goal:?}");
         }
+        // A client may not be able to bring what it counts on.
+        entries[0].stays = true;
+        entries[1].stays = true;
+        assert_eq!(choose(&entries, &goal(None, true), 0), [2, 3, 1]);
     }
 }

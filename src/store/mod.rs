@@ -47,7 +47,7 @@ pub use bits::BootId;
 pub use blob::{BlobFile, Pin, Punched};
 pub use documents::Reference;
 pub use error::StoreError;
-pub use evict::{CacheEntry, CacheGoal, Evicted, Recorded};
+pub use evict::{CacheEntry, CacheGoal, Evicted, ImageName, Recorded, RecordedBy};
 pub use meta::{Anchor, BlobSpec, NoAnchor, Verdict};
 pub use whole::WholeWriter;
 

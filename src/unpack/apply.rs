@@ -5,7 +5,7 @@
 //! at the end, and the stack below make it. A layer of which nobody says where it belongs is kept under a name that
 //! nobody else will ever ask for.
 //!
-//! Guarantees: as [`unpack_ordinary`](super::unpack_ordinary). Refuses to know who asks, and where bytes come from.
+//! Guarantees: as [`unpack_tars`](super::unpack_tars). Refuses to know who asks, and where bytes come from.
 
 use std::fs::File;
 use std::io::{self, Read};

@@ -4,7 +4,7 @@
 //! Fill::start(layers) ── a task a layer ── LayerImage::fill ── verified as a whole ── Standing::Local
 //! ```
 //!
-//! Layers that are tars have no chunks to fetch: see [`unpack_ordinary`].
+//! Layers that are tars have no chunks to fetch: see [`unpack_tars`].
 //!
 //! The fetch path does the work and orders it behind everything that somebody waits for; this room decides when a fill
 //! begins, what becomes of its failures, and tells how far it is. Who wants to know that a layer is local asks the layer
@@ -23,7 +23,7 @@ pub use apply::applied_before;
 pub(crate) use apply::{Apply, Place, Told};
 pub use error::UnpackError;
 pub use fill::{Fill, FillOptions, Persistence, Phase};
-pub use ordinary::{Progress, unpack_ordinary};
+pub use ordinary::{Part, Progress, unpack_tars};
 pub use why::why;
 
 #[cfg(doc)]

@@ -4,7 +4,8 @@
 //! What a layer's image holds depends on the layers below it where its tar does not say all (directories without an entry
 //! of their own, hard links to files of lower layers, whiteouts that hide nothing in a bottom layer). So an image is kept
 //! under its blob and its ChainID, which is also how containers share layers. Layers wait for lower ones only where they
-//! have to ask; they are begun from the lowest up, so somebody always moves.
+//! have to ask; they are begun from the lowest up, so somebody always moves. Layers between them that are images already stay
+//! as they are: what a tar above has to know of them is read as it is asked for.
 //!
 //! Guarantees: an image appears in the store when it is complete, safe on disk, and its tar had its diffID; never before.
 //! An unpacking that is dropped ends at its next byte and leaves nothing. Refuses to know mounts and references.
@@ -24,7 +25,7 @@ use crate::convert::direct::{ImageOut, unpack_layer};
 use crate::convert::layer::LayerError;
 use crate::erofs::writer::LayerRole;
 use crate::fetch::{BlobStream, Fetcher, LayerImage, TarLayer};
-use crate::model::{ChainId, DiffId};
+use crate::model::{Algorithm, BlobDigest, ChainId, DiffId, Digest};
 use crate::oci::Descriptor;
 use crate::store::{Anchor, BlobFile, StoreError, Verdict, WholeWriter};
 use crate::tar::Problem;
@@ -88,16 +89,52 @@ impl Drop for Stop {
     }
 }
 
-/// Brings all of an ordinary image's layers to local, lowest first in the answer. `diff_ids` are those of the config.
+/// A layer of a stack in which there are tars.
+#[derive(Debug)]
+pub enum Part {
+    /// A tar.
+    Tar {
+        /// Its blob.
+        descriptor: Descriptor,
+        /// The place of that in the manifest.
+        position: usize,
+        /// What the config says it is.
+        diff_id: DiffId,
+    },
+    /// An image that is open.
+    Image(Arc<LayerImage>),
+}
+
+impl Part {
+    /// What the tars above are unpacked upon, as far as that says what becomes of them. Of an image its diffID is a claim as
+    /// long as not all of it was seen, and who makes another claim true must not find what was unpacked upon this one.
+    fn identity(&self) -> DiffId {
+        match self {
+            Self::Tar { diff_id, .. } => *diff_id,
+            Self::Image(layer) => {
+                let said = format!("headstart image\n{}\n{}\n{}\n", layer.diff_id(), layer.blob(), layer.anchor());
+                DiffId(Digest::of(Algorithm::Sha256, said.as_bytes()))
+            }
+        }
+    }
+
+    fn blob(&self) -> BlobDigest {
+        match self {
+            Self::Tar { descriptor, .. } => descriptor.digest,
+            Self::Image(layer) => *layer.blob(),
+        }
+    }
+}
+
+/// Unpacks the tars of a stack, the lowest layer first, and gives all of its layers.
 ///
 /// # Errors
 /// Of the first layer that fails.
-pub async fn unpack_ordinary(
+pub async fn unpack_tars(
     fetcher: &Fetcher,
     runtime: &Handle,
     source: &ImageSource,
-    layers: &[Descriptor],
-    diff_ids: &[DiffId],
+    parts: &[Part],
     progress: Arc<Progress>,
 ) -> Result<Vec<Arc<LayerImage>>, UnpackError> {
     let shop = Arc::new(Shop {
@@ -111,15 +148,28 @@ pub async fn unpack_ordinary(
     let permits = Arc::new(Semaphore::new(jobs()));
     let mut tasks = JoinSet::new();
     let mut below: Vec<LayerBelow> = Vec::new();
-    let mut done: Vec<Option<Arc<LayerImage>>> = vec![None; layers.len()];
-    let chain = ChainId::of_stack(diff_ids);
-    for (number, ((descriptor, diff_id), chain_id)) in layers.iter().zip(diff_ids).zip(chain).enumerate() {
+    let mut done: Vec<Option<Arc<LayerImage>>> = vec![None; parts.len()];
+    let identities: Vec<DiffId> = parts.iter().map(Part::identity).collect();
+    for (number, (part, chain_id)) in parts.iter().zip(ChainId::of_stack(&identities)).enumerate() {
         let (image, image_receiver) = watch::channel(None);
         let (root, root_receiver) = watch::channel(None);
+        let (descriptor, position, diff_id) = match part {
+            Part::Tar { descriptor, position, diff_id } => (descriptor, *position, diff_id),
+            Part::Image(layer) => {
+                image.send_replace(Some(Below::Lazy { layer: Arc::clone(layer) }));
+                root.send_replace(Some(Root::InImage));
+                below.push(LayerBelow { image: image_receiver, root: root_receiver });
+                if let Some(place) = done.get_mut(number) {
+                    *place = Some(Arc::clone(layer));
+                }
+                continue;
+            }
+        };
         let role = if number == 0 { LayerRole::Bottom } else { LayerRole::Upper };
         let work = Work {
             shop: Arc::clone(&shop),
             number,
+            position,
             descriptor: descriptor.clone(),
             diff_id: *diff_id,
             chain_id,
@@ -142,8 +192,8 @@ pub async fn unpack_ordinary(
     while let Some(finished) = tasks.join_next().await {
         take(&mut done, finished)?;
     }
-    let missing = |descriptor: &Descriptor| UnpackError::Abandoned { blob: descriptor.digest };
-    done.into_iter().zip(layers).map(|(layer, descriptor)| layer.ok_or_else(|| missing(descriptor))).collect()
+    let missing = |part: &Part| UnpackError::Abandoned { blob: part.blob() };
+    done.into_iter().zip(parts).map(|(layer, part)| layer.ok_or_else(|| missing(part))).collect()
 }
 
 type Finished = Result<Result<(usize, Arc<LayerImage>), UnpackError>, tokio::task::JoinError>;
@@ -164,7 +214,10 @@ fn take(done: &mut [Option<Arc<LayerImage>>], finished: Finished) -> Result<(), 
 /// One layer.
 struct Work {
     shop: Arc<Shop>,
+    /// Place in the stack.
     number: usize,
+    /// Place in the manifest.
+    position: usize,
     descriptor: Descriptor,
     diff_id: DiffId,
     chain_id: ChainId,
@@ -181,7 +234,7 @@ impl Work {
         let blob = self.descriptor.digest;
         let (work, found) = self.blocking(|work| work.existing()).await?;
         if let Some(layer) = found? {
-            work.shop.progress.set(work.number, work.descriptor.size);
+            work.shop.progress.set(work.position, work.descriptor.size);
             return Ok((work.number, layer));
         }
         let (mut work, permit) = (work, Arc::new(permit));
@@ -267,7 +320,7 @@ impl Work {
         let read = |source| UnpackError::Read { blob, source: Arc::new(source) };
         let store = self.shop.fetcher.store();
         let mut image = store.write_image(&blob, Anchor::Tar(self.chain_id)).map_err(|error| self.stored(error))?;
-        let counted = Counted { inner: reader, shop: Arc::clone(&self.shop), layer: self.number, read: 0 };
+        let counted = Counted { inner: reader, shop: Arc::clone(&self.shop), layer: self.position, read: 0 };
         let source = decompress::open(counted, BlobCheck::Done(blob), self.diff_id.0.algorithm()).map_err(read)?;
         let mut source = ReadAhead::new(source).map_err(read)?;
         let mut lower = Lower::new(

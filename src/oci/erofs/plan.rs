@@ -133,6 +133,8 @@ pub struct LayerPlan {
     pub blob_size: u64,
     /// Its media type.
     pub media_type: String,
+    /// It is a tar, which has to be unpacked: what is said of how it is stored does not count.
+    pub is_tar: bool,
     /// How it is stored.
     pub compression: Compression,
     /// SHA-256 of the image. For a raw blob that is of the whole blob, an index at its end included (section 5.2).
@@ -183,23 +185,32 @@ impl ImagePlan {
     /// # Errors
     /// See [`PlanError`].
     pub fn of_layers(descriptors: &[Descriptor], diff_ids: &[DiffId]) -> Result<Self, PlanError> {
+        if descriptors.iter().all(is_tar) && !descriptors.is_empty() && descriptors.len() <= MAX_LAYERS {
+            return Err(PlanError::Tar);
+        }
+        Self::read(descriptors, diff_ids, false)
+    }
+
+    /// The same for an image some or all layers of which are tars.
+    ///
+    /// # Errors
+    /// See [`PlanError`].
+    pub fn with_tars(manifest: &Manifest, config: &Config) -> Result<Self, PlanError> {
+        Self::read(&manifest.layers, config.diff_ids(), true)
+    }
+
+    fn read(descriptors: &[Descriptor], diff_ids: &[DiffId], tars: bool) -> Result<Self, PlanError> {
         if descriptors.is_empty() {
             return Err(PlanError::NoLayers);
         }
         if descriptors.len() > MAX_LAYERS {
             return Err(PlanError::TooManyLayers(descriptors.len()));
         }
-        let is_tar = |layer: &Descriptor| {
-            matches!(LayerKind::of(&layer.media_type), LayerKind::Tar(_)) && !layer.annotations.contains_key(ROLE)
-        };
-        if descriptors.iter().all(is_tar) {
-            return Err(PlanError::Tar);
-        }
         let mut plan = Self { layers: Vec::new(), stack: Vec::new(), diff_ids: Vec::new() };
         let mut composer = Composer::default();
         for (position, descriptor) in descriptors.iter().enumerate() {
             let previous = position.checked_sub(1).and_then(|previous| descriptors.get(previous));
-            let reader = LayerReader { position, descriptor, previous, count: descriptors.len(), diff_ids };
+            let reader = LayerReader { position, descriptor, previous, count: descriptors.len(), diff_ids, tars };
             reader.read(&mut plan, &mut composer).map_err(|fault| PlanError::Layer {
                 position,
                 digest: descriptor.digest,
@@ -208,6 +219,10 @@ impl ImagePlan {
         }
         Ok(plan)
     }
+}
+
+fn is_tar(layer: &Descriptor) -> bool {
+    matches!(LayerKind::of(&layer.media_type), LayerKind::Tar(_)) && !layer.annotations.contains_key(ROLE)
 }
 
 /// Layers that wait for the one that uses them.
@@ -224,10 +239,15 @@ struct LayerReader<'a> {
     previous: Option<&'a Descriptor>,
     count: usize,
     diff_ids: &'a [DiffId],
+    /// Tars are layers like others.
+    tars: bool,
 }
 
 impl LayerReader<'_> {
     fn read(&self, plan: &mut ImagePlan, composer: &mut Composer) -> Result<(), LayerFault> {
+        if self.tars && is_tar(self.descriptor) {
+            return self.read_tar(plan, composer);
+        }
         let role: Option<Role> = self.parsed(ROLE)?;
         let media_type = &self.descriptor.media_type;
         let last = self.position + 1 == self.count;
@@ -266,6 +286,7 @@ impl LayerReader<'_> {
             blob: self.descriptor.digest,
             blob_size: self.descriptor.size,
             media_type: media_type.clone(),
+            is_tar: false,
             compression,
             diff_id,
             role,
@@ -284,6 +305,35 @@ impl LayerReader<'_> {
             plan.stack.push(StackedLayer { layer, devices, data: std::mem::take(&mut composer.data) });
         }
         Ok(())
+    }
+
+    /// A tar: all that is said of it is in the config.
+    fn read_tar(&self, plan: &mut ImagePlan, composer: &Composer) -> Result<(), LayerFault> {
+        if !composer.devices.is_empty() || !composer.data.is_empty() {
+            return Err(LayerFault::Order("a tar layer cannot use the device or data layers before it"));
+        }
+        let diff_id = self.configured_diff_id()?;
+        plan.diff_ids.push(diff_id);
+        plan.stack.push(StackedLayer { layer: plan.layers.len(), devices: Vec::new(), data: Vec::new() });
+        plan.layers.push(LayerPlan {
+            position: self.position,
+            blob: self.descriptor.digest,
+            blob_size: self.descriptor.size,
+            media_type: self.descriptor.media_type.clone(),
+            is_tar: true,
+            compression: Compression::None,
+            diff_id,
+            role: None,
+            index: None,
+            ignored_index: None,
+            verity: None,
+        });
+        Ok(())
+    }
+
+    fn configured_diff_id(&self) -> Result<DiffId, LayerFault> {
+        let configured = self.diff_ids.get(self.position).filter(|_| self.diff_ids.len() == self.count);
+        configured.copied().ok_or(LayerFault::NoDiffId { diff_ids: self.diff_ids.len(), layers: self.count })
     }
 
     fn annotation(&self, key: &str) -> Option<&str> {
@@ -317,8 +367,7 @@ impl LayerReader<'_> {
         } else if let Some(annotated) = annotated {
             annotated
         } else {
-            let configured = self.diff_ids.get(self.position).filter(|_| self.diff_ids.len() == self.count);
-            *configured.ok_or(LayerFault::NoDiffId { diff_ids: self.diff_ids.len(), layers: self.count })?
+            self.configured_diff_id()?
         };
         if diff_id.0.algorithm() == Algorithm::Sha256 { Ok(diff_id) } else { Err(LayerFault::DiffIdAlgorithm(diff_id)) }
     }
@@ -403,6 +452,9 @@ impl LayerReader<'_> {
         let diff_id = self.diff_id(Compression::None)?;
         plan.diff_ids.push(diff_id);
         let layer = plan.layers.last_mut().ok_or(LayerFault::Order("a chunk index cannot be the first layer"))?;
+        if layer.is_tar {
+            return Err(LayerFault::Order("a chunk index cannot follow a tar layer"));
+        }
         if layer.index.is_none() {
             let section = IndexSection {
                 family: IndexFamily::ImageSpec,

@@ -6,6 +6,7 @@ mod commands;
 mod convert;
 mod doctor;
 mod drivers;
+mod mixed;
 mod mounts;
 mod pulls;
 mod real_registry;

@@ -255,3 +255,30 @@ fn diff_ids_come_from_the_annotation_then_the_blob_then_the_config() {
     let error = ImagePlan::of_layers(&layers, &diff_ids(2)).unwrap_err();
     assert!(format!("{error:?}").contains("NoDiffId { diff_ids: 2, layers: 3 }"), "{error:?}");
 }
+
+#[test]
+fn tars_and_images_stand_in_one_stack() {
+    let tar = |name| layer(name, media::OCI_LAYER_GZIP, &[]);
+    let erofs = |name| layer(name, EROFS_LAYER, &[]);
+    let plan = |layers: &[Descriptor], count| {
+        ImagePlan::read(layers, &diff_ids(count), true).map_err(|error| match error {
+            PlanError::Layer { position, fault, .. } => format!("{position}: {fault}"),
+            other => other.to_string(),
+        })
+    };
+    let mixed = plan(&[tar("a"), erofs("b"), tar("c")], 3).unwrap();
+    assert_eq!(mixed.layers.iter().map(|layer| layer.is_tar).collect::<Vec<_>>(), [true, false, true]);
+    assert_eq!(mixed.stack.iter().map(|stacked| stacked.layer).collect::<Vec<_>>(), [0, 1, 2]);
+    // A raw image is what its blob is; a tar what the config says.
+    assert_eq!(mixed.diff_ids, [diff_ids(1)[0], DiffId(sha("b")), diff_ids(3)[2]]);
+    assert_eq!(plan(&[tar("a"), tar("b")], 2).unwrap().stack.len(), 2);
+    for (layers, count, words) in [
+        (vec![tar("a"), erofs("b")], 1, "diffID is not known"),
+        (vec![tar("a"), layer("i", CHUNK_INDEX, &[]), erofs("b")], 3, "cannot follow a tar"),
+        (vec![layer("d", EROFS_LAYER, &[(ROLE, "device")]), tar("a")], 2, "cannot use the device"),
+        (vec![], 0, "no layers"),
+    ] {
+        let words_of = plan(&layers, count).unwrap_err();
+        assert!(words_of.contains(words), "{words_of:?} does not say {words:?}");
+    }
+}

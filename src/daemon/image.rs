@@ -349,7 +349,7 @@ impl House {
             Some(layer) => Some(Part::Image(Arc::clone(layer))),
             None => {
                 let layer = plan.layers.get(stacked.layer)?;
-                let descriptor = documents.layers().get(layer.position)?.clone();
+                let descriptor = Box::new(documents.layers().get(layer.position)?.clone());
                 Some(Part::Tar { descriptor, position: layer.position, diff_id: layer.diff_id })
             }
         };

@@ -95,7 +95,7 @@ pub enum Part {
     /// A tar.
     Tar {
         /// Its blob.
-        descriptor: Descriptor,
+        descriptor: Box<Descriptor>,
         /// The place of that in the manifest.
         position: usize,
         /// What the config says it is.
@@ -170,7 +170,7 @@ pub async fn unpack_tars(
             shop: Arc::clone(&shop),
             number,
             position,
-            descriptor: descriptor.clone(),
+            descriptor: Descriptor::clone(descriptor),
             diff_id: *diff_id,
             chain_id,
             role,

@@ -31,6 +31,7 @@ enum Step {
     Prepare(String, Option<String>, Option<usize>),
     View(String, Option<String>),
     Commit(String, String, Option<String>),
+    Become(String, usize),
     Remove(String),
     Label(String, String, String, bool),
     Pull(String, Vec<usize>),
@@ -56,6 +57,7 @@ fn step() -> impl Strategy<Value = Step> {
         5 => (names(), parent(), prop::option::weighted(0.2, 0..3_usize)).prop_map(|(k, p, l)| Step::Prepare(k, p, l)),
         2 => (names(), parent()).prop_map(|(k, p)| Step::View(k, p)),
         6 => (names(), names(), parent()).prop_map(|(k, n, p)| Step::Commit(k, n, p)),
+        2 => (names(), 0..3_usize).prop_map(|(name, layer)| Step::Become(name, layer)),
         3 => names().prop_map(Step::Remove),
         2 => (names(), "[lm]", "[01]?", any::<bool>()).prop_map(|(k, l, v, all)| Step::Label(k, l, v, all)),
         3 => (image(), prop::collection::vec(0..3_usize, 0..3)).prop_map(|(i, l)| Step::Pull(i, l)),
@@ -90,6 +92,7 @@ fn command(step: &Step) -> Option<Command> {
             labels: Labels::new(),
             usage: Some(Usage::default()),
         },
+        Step::Become(name, layer) => Command::Become { key: key(name), layer: of(layer), size: Some(4096) },
         Step::Remove(name) => Command::Remove { key: key(name) },
         Step::Label(name, label, value, all) => Command::Update {
             key: key(name),
@@ -168,6 +171,13 @@ impl Model {
                 }
                 self.snapshots.retain(|snapshot| snapshot.key != *from);
                 self.snapshots.push(new(name, Kind::Committed, &parent, found.layer));
+            }
+            Step::Become(name, layer) => {
+                let found = self.snapshots.iter_mut().find(|of| of.key == *name).ok_or(Class::NotFound)?;
+                if found.kind != Kind::Active || found.becomes.is_some() {
+                    return Err(Class::Precondition);
+                }
+                found.layer = Some(*layer);
             }
             Step::Remove(name) => {
                 let found = self.find(name).ok_or(Class::NotFound)?;

@@ -554,6 +554,27 @@ fn two_blobs_of_one_name_fill_beside_each_other_and_the_first_wins() {
 }
 
 #[test]
+fn files_become_a_layer_once_and_never_behind_a_commit() {
+    let become_layer = |name: &str, of: &str| Command::Become { key: key(name), layer: layer(of), size: Some(4096) };
+    let mut chain = Chain::default();
+    apply(&mut chain, &[prepare("a", "")]);
+    let slot = chain.stat("a").unwrap().slot;
+    let change = &apply(&mut chain, &[become_layer("a", "l0")])[0];
+    assert_eq!(change.effects, [Effect::DropFiles(slot)]);
+    assert_eq!(apply(&mut chain, &[become_layer("a", "l0")])[0], Change::default());
+    // Another layer in its place: the one before is nobody's.
+    let change = &apply(&mut chain, &[become_layer("a", "l1")])[0];
+    assert!(matches!(&change.effects[..], [Effect::ReleaseLayer(gone)] if gone.id == layer("l0")), "{change:?}");
+    apply(&mut chain, &[commit("a", "c", "")]);
+    assert_eq!(chain.stat("c").unwrap().content, Content::Layer(chain.layers().next().unwrap().slot));
+    apply(&mut chain, &[view("v", "c")]);
+    for (name, expected) in [("c", Class::Precondition), ("v", Class::Precondition), ("nobody", Class::NotFound)] {
+        let refused = chain.apply(&become_layer(name, "l2"), at(9)).unwrap_err();
+        assert_eq!(class(&refused), expected, "{name}");
+    }
+}
+
+#[test]
 fn pulls_that_contradict_what_is_there_are_refused() {
     let mut chain = base();
     apply(&mut chain, &[pull("image", &[("l0", "c0"), ("l1", "c1")]), local("l0")]);

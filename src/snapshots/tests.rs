@@ -278,6 +278,29 @@ fn a_directory_that_cannot_be_made_leaves_no_snapshot() {
 }
 
 #[test]
+fn files_that_become_a_layer_are_gone() {
+    let dir = tempfile::tempdir().unwrap();
+    let (snapshots, _) = open(dir.path());
+    let upper = snapshots.prepare("a", "", Labels::new()).unwrap().own.unwrap().upper;
+    fs::write(upper.join("file"), b"x").unwrap();
+    assert_eq!(snapshots.owner_of(&upper).map(|of| of.key.as_str().to_owned()).as_deref(), Some("a"));
+    let strange = ["/", "/etc", "upper", "../upper"].map(Path::new).map(Path::to_owned);
+    let near = [upper.join(".."), upper.join("x"), upper.parent().unwrap().join("./upper/."), upper.join("../upper")];
+    for path in strange.iter().chain(&near) {
+        assert_eq!(snapshots.owner_of(path), None, "{}", path.display());
+    }
+    let layer = layer("x");
+    let became = snapshots.become_layer("a", &layer).unwrap();
+    assert!(matches!(became.content, Content::Layer(_)));
+    assert!(!upper.exists());
+    let stack = snapshots.stack("a").unwrap();
+    assert!(stack.own.is_none());
+    assert!(matches!(&stack.lowers[..], [Lower::Layer(found)] if found.id == layer.id()));
+    // Whose directory it was is still known: whoever asks twice is told the same.
+    assert!(snapshots.owner_of(&upper).is_some());
+}
+
+#[test]
 fn committed_files_are_on_disk() {
     let root = TempDir::new().unwrap();
     let store = Arc::new(Store::open(root.path()).unwrap());

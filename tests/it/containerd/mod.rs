@@ -5,6 +5,7 @@
 //! who fetched what. Needs root, overlayfs, runc, docker-registry and `tools/containerd-versions`.
 
 mod advice;
+mod applied;
 mod cri;
 mod image;
 mod lazy;

@@ -24,6 +24,8 @@ use crate::transport::skopeo;
 
 /// The name of our snapshotter in every configuration.
 pub(super) const OURS: &str = "headstart";
+/// The name of our differ in every configuration that has it.
+const OUR_DIFFER: &str = "headstart-diff";
 /// containerd's own, which shows how a tree has to look.
 pub(super) const JUDGE: &str = "overlayfs";
 /// Where the judge's images and containers are, in a namespace of their own.
@@ -98,6 +100,8 @@ pub(super) struct Stage {
     daemon: Mutex<Option<Process>>,
     registry: Registry,
     program: Program,
+    /// Who applies the layers of our snapshots.
+    differ: &'static str,
 }
 
 impl Stage {
@@ -108,6 +112,15 @@ impl Stage {
 
     /// The same with `settings` in our configuration.
     pub(super) fn with(version: Version, settings: &str) -> Self {
+        Self::build(version, settings, "walking")
+    }
+
+    /// The same with our diff service.
+    pub(super) fn applying(version: Version) -> Self {
+        Self::build(version, "[fill]\nenabled = false\n", OUR_DIFFER)
+    }
+
+    fn build(version: Version, settings: &str, differ: &'static str) -> Self {
         let program = Program::new();
         let registry = Registry::start(&program.make("registry"), "");
         let at = |name: &str| program.path(name);
@@ -122,7 +135,7 @@ impl Stage {
         let hosts = at("certs.d").join(registry.host());
         fs::create_dir_all(&hosts).unwrap();
         fs::write(hosts.join("hosts.toml"), hosts_of(&registry.host())).unwrap();
-        let stage = Self { version, containerd: Mutex::default(), daemon: Mutex::default(), registry, program };
+        let stage = Self { version, containerd: Mutex::default(), daemon: Mutex::default(), registry, program, differ };
         fs::write(stage.path("containerd.toml"), stage.configuration()).unwrap();
         stage.start_daemon();
         stage.start_containerd();
@@ -147,6 +160,15 @@ impl Stage {
              [plugins.\"io.containerd.internal.v1.opt\"]\npath = {opt}\n\
              [proxy_plugins.{OURS}]\ntype = \"snapshot\"\naddress = {ours}\n"
         );
+        let differ = self.differ;
+        let common = match differ {
+            // `ctr` of 1.7 and the runtime interface ask one differ after the other.
+            OUR_DIFFER => format!(
+                "{common}[proxy_plugins.{OUR_DIFFER}]\ntype = \"diff\"\naddress = {ours}\n\
+                 [plugins.\"io.containerd.service.v1.diff-service\"]\ndefault = [\"{OUR_DIFFER}\", \"walking\"]\n"
+            ),
+            _ => common,
+        };
         match self.version {
             Version::V1_6 | Version::V1_7 => format!(
                 "version = 2\n{common}\
@@ -163,7 +185,7 @@ impl Stage {
                      [proxy_plugins.{OURS}.exports]\nroot = {root}\nenable_remote_snapshot_annotations = \"true\"\n\
                      [plugins.'io.containerd.transfer.v1.local']\nconfig_path = {certs}\n\
                      [[plugins.'io.containerd.transfer.v1.local'.unpack_config]]\nplatform = \"linux/amd64\"\n\
-                     snapshotter = \"{OURS}\"\ndiffer = \"walking\"\n\
+                     snapshotter = \"{OURS}\"\ndiffer = \"{differ}\"\n\
                      [[plugins.'io.containerd.transfer.v1.local'.unpack_config]]\nplatform = \"linux/amd64\"\n\
                      snapshotter = \"{JUDGE}\"\ndiffer = \"walking\"\n\
                      [plugins.'io.containerd.cri.v1.images']\nsnapshotter = \"{OURS}\"\n\

@@ -334,6 +334,14 @@ impl Stage {
         text.lines().skip(1).map(record).collect()
     }
 
+    /// For each committed snapshot of ours, what its layer was verified against; nothing for files.
+    pub(super) fn anchors(&self) -> Vec<Option<String>> {
+        let known: Value = serde_json::from_str(&self.program.ok(&["--json", "snapshots"])).unwrap();
+        let snapshots = known["snapshots"].as_array().expect("it is a list").iter();
+        let committed = snapshots.filter(|snapshot| snapshot["kind"] == "committed");
+        committed.map(|snapshot| snapshot["layer"]["anchor"].as_str().map(str::to_owned)).collect()
+    }
+
     /// Fails unless everything is gone that images and containers left, once all of them are removed.
     #[track_caller]
     pub(super) fn assert_bare(&self, namespaces: &[&str]) {

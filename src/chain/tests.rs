@@ -568,7 +568,7 @@ fn files_become_a_layer_once_and_never_behind_a_commit() {
     apply(&mut chain, &[commit("a", "c", "")]);
     assert_eq!(chain.stat("c").unwrap().content, Content::Layer(chain.layers().next().unwrap().slot));
     apply(&mut chain, &[view("v", "c")]);
-    for (name, expected) in [("c", Class::Precondition), ("v", Class::Precondition), ("nobody", Class::NotFound)] {
+    for (name, expected) in [("c", Precondition), ("v", Precondition), ("nobody", NotFound)] {
         let refused = chain.apply(&become_layer(name, "l2"), at(9)).unwrap_err();
         assert_eq!(class(&refused), expected, "{name}");
     }

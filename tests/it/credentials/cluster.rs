@@ -113,7 +113,7 @@ impl Server {
             axum::serve(listener, app)
                 .with_graceful_shutdown(async move { drop(stopping.wait_for(|stopped| *stopped).await) })
                 .await
-                .unwrap()
+                .unwrap();
         });
         Listening { address, stop, task }
     }

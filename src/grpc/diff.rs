@@ -1,7 +1,7 @@
 //! The diff service: layers that containerd has downloaded are applied by this program to snapshots of its own.
 //!
 //! containerd asks one differ after the other while the answer is that it is not implemented: so are mounts of other
-//! snapshotters, media types that are no tars, layers with processors before them, and the making of diffs.
+//! snapshotters, media types that are no plain tars, and the making of diffs.
 
 use std::sync::Arc;
 
@@ -94,9 +94,10 @@ pub(super) struct DiffService(pub(super) Arc<dyn Differ>);
 impl Diff for DiffService {
     async fn apply(&self, request: Request<ApplyRequest>) -> Result<Response<ApplyResponse>, Status> {
         let namespace = request.metadata().get(NAMESPACE).and_then(|value| value.to_str().ok()).map(str::to_owned);
-        let ApplyRequest { diff, mounts, payloads, sync_fs: _ } = request.into_inner();
+        // Payloads are for processors, which media types that are processed ask for; the runtime interface always sends some.
+        let ApplyRequest { diff, mounts, payloads: _, sync_fs: _ } = request.into_inner();
         let began = std::time::Instant::now();
-        let applied = match order(diff, mounts, payloads.is_empty(), namespace) {
+        let applied = match order(diff, mounts, namespace) {
             Ok(order) => self.0.apply(order).await,
             Err(error) => Err(error),
         };
@@ -119,14 +120,10 @@ impl Diff for DiffService {
 fn order(
     diff: Option<types::Descriptor>,
     mounts: Vec<types::Mount>,
-    plain: bool,
     namespace: Option<String>,
 ) -> Result<Order, DifferError> {
     let not_ours = |why: &str| DifferError::NotOurs(why.to_owned());
     let diff = diff.ok_or_else(|| not_ours("no layer is named"))?;
-    if !plain {
-        return Err(not_ours("the layer is to be processed first"));
-    }
     let blob = diff.digest.parse().map_err(|_| not_ours("the layer has no digest"))?;
     let size = u64::try_from(diff.size).map_err(|_| not_ours("the layer has no size"))?;
     let given = |mount: types::Mount| Given { kind: mount.r#type, source: mount.source, options: mount.options };

@@ -1,7 +1,10 @@
 //! Images that nobody converted, applied by our diff service: each layer is an image of its own in the store.
 
+use std::sync::Mutex;
+
 use super::image;
 use super::stage::{K8S, OURS, Stage, Version};
+use crate::cli::stage::wait_until;
 
 fn layers_become_images(version: Version) {
     let stage = Stage::applying(version);
@@ -23,7 +26,13 @@ fn layers_become_images(version: Version) {
     // They are there again without containerd bringing anything.
     stage.kill_daemon();
     stage.start_daemon();
-    let container = stage.start("default", OURS, &many);
+    let started = Mutex::new(None);
+    // containerd does not ask again at once after a connection that was refused.
+    wait_until("a container after the restart", || {
+        *started.lock().unwrap() = stage.try_start("default", OURS, &many).ok();
+        started.lock().unwrap().is_some()
+    });
+    let container = started.into_inner().unwrap().expect("it was just started");
     assert!(container.exec("cat /etc/passwd").starts_with("root:"));
     container.end();
 }

@@ -696,8 +696,20 @@ fn every_promise_names_its_test() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let page = fs::read_to_string(root.join("docs/semantics.md")).unwrap();
     for promise in page.split("\n\n").filter(|paragraph| paragraph.starts_with("**")) {
-        let rooms =
-            ["cli", "daemon", "drivers", "fetch", "forest", "mount", "mount_judge", "overlay_judge", "takeover"];
+        let rooms = [
+            "cli",
+            "daemon",
+            "drivers",
+            "fetch",
+            "forest",
+            "lazy",
+            "mount",
+            "mount_judge",
+            "overlay_judge",
+            "restart",
+            "shelf",
+            "takeover",
+        ];
         let named = promise.split('`').filter_map(|word| word.rsplit_once("::"));
         let tests: Vec<(&str, &str)> =
             named.filter(|(module, _)| module.split("::").next().is_some_and(|room| rooms.contains(&room))).collect();

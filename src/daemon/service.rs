@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use futures::future::join_all;
+use tokio::net::UnixListener;
 use tokio::runtime::Handle;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
@@ -31,6 +32,10 @@ use super::notify::Notify;
 use super::place::Place;
 use crate::control::ControlServer;
 use crate::grpc::{self, Calls, Differ, Services};
+use crate::sys::descriptors::{self, Announced};
+
+/// What the unit of the socket for containerd calls it (`FileDescriptorName=`).
+const CONTAINERD_SOCKET: &str = "snapshots";
 
 /// How long questions that are under way may take when everything else has ended.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
@@ -45,6 +50,8 @@ pub struct Above {
     pub set_log_level: fn(LogLevel),
     /// `NOTIFY_SOCKET`.
     pub notify_socket: Option<OsString>,
+    /// `LISTEN_PID`, `LISTEN_FDS` and `LISTEN_FDNAMES`.
+    pub announced: Announced,
 }
 
 impl std::fmt::Debug for Above {
@@ -88,7 +95,7 @@ pub fn run(settings: &Settings, above: &Above, runtime: &Handle) -> anyhow::Resu
         let _logins = host.house().sources().start(settings)?;
         let node = containerd_node(&host)?;
         // Who calls before everything is back waits, and is not turned away.
-        let listener = node.is_some().then(|| grpc::bind(&settings.containerd.socket)).transpose()?;
+        let listener = node.is_some().then(|| open_socket(settings, above)).transpose()?;
         let (close, closed) = oneshot::channel::<()>();
         // What it shows is let go of last, when it is known what stays.
         let _shown = node.clone();
@@ -137,6 +144,15 @@ pub fn run(settings: &Settings, above: &Above, runtime: &Handle) -> anyhow::Resu
     })
 }
 
+/// Where containerd calls: the socket that the service manager has opened, else one of this process's own.
+fn open_socket(settings: &Settings, above: &Above) -> anyhow::Result<UnixListener> {
+    let mut inherited = descriptors::inherited(&above.announced).into_iter();
+    match inherited.find(|inherited| inherited.name == CONTAINERD_SOCKET) {
+        Some(inherited) => Ok(grpc::adopt(inherited.descriptor)?),
+        None => Ok(grpc::bind(&settings.containerd.socket)?),
+    }
+}
+
 /// The snapshots that containerd is served, if it is.
 fn containerd_node(host: &Arc<Host>) -> anyhow::Result<Option<Node>> {
     let settings = host.settings();
@@ -162,11 +178,7 @@ fn differ(host: &Host, node: &Node) -> Option<Arc<dyn Differ>> {
     Some(Arc::new(NodeDiffer::new(node.clone(), fetcher, content)))
 }
 
-async fn serve_containerd(
-    listener: tokio::net::UnixListener,
-    services: Services,
-    closed: impl Future<Output = ()> + Send,
-) {
+async fn serve_containerd(listener: UnixListener, services: Services, closed: impl Future<Output = ()> + Send) {
     if let Err(error) = grpc::serve(listener, services, closed).await {
         let error: &dyn std::error::Error = &error;
         tracing::error!(error, "containerd is not served any more");

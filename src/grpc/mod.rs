@@ -31,7 +31,7 @@ pub use client::connect;
 pub use containerd::{Containerd, ContainerdError, Content, Version, VersionError};
 pub use cri::CriProxy;
 pub use diff::{Differ, DifferError, Given, Order, Uncompressed, read_content};
-pub use server::{ServeError, Services, bind, serve};
+pub use server::{ServeError, Services, adopt, bind, serve};
 pub use snapshotter::{Mount, Prepared, Snapshotter, SnapshotterError};
 /// What makes `async fn` of a trait that is used behind a pointer.
 pub use tonic::async_trait;

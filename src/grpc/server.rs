@@ -2,12 +2,14 @@
 
 use std::fs::{self, Permissions};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures::Stream;
+use rustix::net::AddressFamily;
 use tokio::net::{UnixListener, UnixStream};
 use tonic::transport::Server;
 
@@ -32,6 +34,9 @@ pub enum ServeError {
         #[source]
         source: io::Error,
     },
+    /// What was handed over is no such socket.
+    #[error("cannot use the socket that the service manager handed over")]
+    Adopt(#[source] io::Error),
     /// The server ended by itself.
     #[error("the service on the socket ended")]
     Ended(#[source] tonic::transport::Error),
@@ -73,6 +78,23 @@ pub fn bind(path: &Path) -> Result<UnixListener, ServeError> {
     Ok(listener)
 }
 
+/// A socket that somebody else has opened and bound, such as a service manager. Runs inside of a tokio runtime.
+///
+/// # Errors
+/// It is no Unix socket that connections come to.
+pub fn adopt(socket: OwnedFd) -> Result<UnixListener, ServeError> {
+    let listens = rustix::net::sockopt::socket_acceptconn(&socket).map_err(|error| ServeError::Adopt(error.into()))?;
+    let is_unix = rustix::net::sockopt::socket_domain(&socket) == Ok(AddressFamily::UNIX);
+    if !(listens && is_unix) {
+        return Err(ServeError::Adopt(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "it is no Unix socket that listens",
+        )));
+    }
+    let listener = std::os::unix::net::UnixListener::from(socket);
+    listener.set_nonblocking(true).and_then(|()| UnixListener::from_std(listener)).map_err(ServeError::Adopt)
+}
+
 /// Answers on `listener` until `shutdown` is done, and then those who have asked before.
 ///
 /// # Errors
@@ -102,4 +124,25 @@ pub(super) fn accepted(listener: UnixListener) -> impl Stream<Item = io::Result<
             }
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn only_sockets_that_listen_are_adopted() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        let listening = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let connected = std::os::unix::net::UnixStream::connect(&path).unwrap();
+        let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let file = fs::File::open(directory.path()).unwrap();
+        for other in [OwnedFd::from(connected), OwnedFd::from(tcp), OwnedFd::from(file)] {
+            assert!(matches!(adopt(other), Err(ServeError::Adopt(_))));
+        }
+        let listener = adopt(listening.into()).unwrap();
+        let (asked, taken) = tokio::join!(UnixStream::connect(&path), listener.accept());
+        assert!(asked.is_ok() && taken.is_ok());
+    }
 }

@@ -583,3 +583,34 @@ fn a_layer_that_claims_to_be_another_is_not_shown_in_its_place() {
     daemon.end();
     stage.assert_clean();
 }
+
+/// As `headstart.socket` does: the socket is there before the daemon, and stays when it goes.
+#[test]
+fn a_socket_of_the_service_manager_is_served() {
+    let stage = Stage::new();
+    let path = stage.path("handed.sock");
+    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let plain = stage.program();
+    let mut command = Command::new("sh");
+    // The number of the process is known when it is the process.
+    command
+        .args(["-c", "exec 3<&0 0</dev/null; LISTEN_PID=$$ LISTEN_FDS=1 LISTEN_FDNAMES=snapshots exec \"$0\" \"$@\""]);
+    command.arg(plain.get_program()).args(plain.get_args()).arg("daemon");
+    for (name, value) in plain.get_envs() {
+        match value {
+            Some(value) => command.env(name, value),
+            None => command.env_remove(name),
+        };
+    }
+    let log = stage.path("daemon-handed.log");
+    command.stdin(Stdio::from(std::os::fd::OwnedFd::from(listener.try_clone().unwrap())));
+    let child = command.stdout(Stdio::null()).stderr(File::create(&log).unwrap()).spawn().unwrap();
+    let daemon = Daemon { stage: &stage, child, log };
+    wait_until("the daemon", || daemon.status()["ready"] == true);
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(headstart::grpc::snapshotter_answers(&path)).unwrap();
+    assert!(!stage.path("run/headstart.sock").exists(), "a second socket was opened");
+    daemon.end();
+    assert!(path.exists());
+    drop(listener);
+}

@@ -26,6 +26,7 @@ const LAST_WORK: Duration = Duration::from_secs(2);
 pub(crate) fn run(context: &Context) -> anyhow::Result<ExitCode> {
     let runtime = context.runtime()?;
     let again = context.clone();
+    let Surroundings { notify_socket, announced, .. } = Surroundings::of_this_process();
     let above = Above {
         judge: fault,
         reload: Box::new(move || {
@@ -33,7 +34,8 @@ pub(crate) fn run(context: &Context) -> anyhow::Result<ExitCode> {
             Ok(crate::daemon::config::Config { log_level: again.serving_log_level(&config), ..config })
         }),
         set_log_level: logging::set_level,
-        notify_socket: Surroundings::of_this_process().notify_socket,
+        notify_socket,
+        announced,
     };
     let mut config = context.config.clone();
     config.log_level = context.serving_log_level(&config);

@@ -171,6 +171,9 @@ impl Model {
                 }
                 self.snapshots.retain(|snapshot| snapshot.key != *from);
                 self.snapshots.push(new(name, Kind::Committed, &parent, found.layer));
+                // What fills for that name has lost, and what waited for it goes on.
+                self.snapshots.retain(|of| of.becomes.as_ref().is_none_or(|(becomes, _)| becomes != name));
+                self.settle();
             }
             Step::Become(name, layer) => {
                 let found = self.snapshots.iter_mut().find(|of| of.key == *name).ok_or(Class::NotFound)?;

@@ -151,7 +151,8 @@ mod tests {
 
     #[test]
     fn what_came_with_which_version() {
-        let table: [(fn(ContainerdVersion) -> bool, &str); 7] = [
+        type Has = fn(ContainerdVersion) -> bool;
+        let table: [(Has, &str); 7] = [
             (ContainerdVersion::has_exports, "1.7"),
             (ContainerdVersion::merges_plugins, "2.0"),
             (ContainerdVersion::has_images_plugin, "2.0"),

@@ -488,8 +488,11 @@ fn unmounting_from_outside_ends_the_session() {
     assert!(server.wait_for(Duration::from_secs(60)));
 }
 
+/// A reader on its way, and what it will have read.
+type Waiting = thread::JoinHandle<Result<Vec<u8>, Option<Errno>>>;
+
 /// A mount, and somebody who reads a file of it whose bytes do not come.
-fn somebody_waits() -> (Server, Arc<LazyBytes>, tempfile::TempDir, thread::JoinHandle<Result<Vec<u8>, Option<Errno>>>) {
+fn somebody_waits() -> (Server, Arc<LazyBytes>, tempfile::TempDir, Waiting) {
     let layer = lazy(&[file("never", &pattern(10_000))]);
     let target = dir();
     let server = mount(std::slice::from_ref(&layer), target.path());

@@ -47,11 +47,13 @@ impl Recorder {
     pub(super) fn follow(self: &Arc<Self>, layers: &[Arc<LayerImage>]) {
         for layer in layers {
             let recorder = Arc::clone(self);
-            layer.when_local(move |layer, local| {
-                if let Err(error) = recorder.local(layer, local.size) {
+            // To be written down is no reason to be kept: whoever shows the layer says so himself.
+            layer.when_verified(move |layer| {
+                let size = layer.image_size().expect("what was verified has been read to its end");
+                if let Err(error) = recorder.local(layer, size) {
                     // Whoever opens the records next finds it.
                     let error: &dyn std::error::Error = &error;
-                    tracing::warn!(diff_id = %local.diff_id, error, "cannot write down that a layer is local");
+                    tracing::warn!(diff_id = %layer.diff_id(), error, "cannot write down that a layer is local");
                 }
             });
         }

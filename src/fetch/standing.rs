@@ -112,6 +112,26 @@ impl LayerImage {
         });
     }
 
+    /// Calls `done` when all of the layer is here and has been verified, from a thread that may wait. Nothing stays for it:
+    /// some of the layer may go again, see [`LayerImage::is_local`]. It is not called if the layer is dropped before, and does
+    /// not keep it.
+    pub fn when_verified(self: &Arc<Self>, done: impl FnOnce(&Arc<Self>) + Send + 'static) {
+        let (weak, mut standing) = (Arc::downgrade(self), self.standing());
+        self.shared.runtime.spawn(async move {
+            if standing.wait_for(|standing| matches!(standing, Standing::Local { .. })).await.is_err() {
+                return;
+            }
+            let called = tokio::task::spawn_blocking(move || {
+                if let Some(layer) = weak.upgrade() {
+                    done(&layer);
+                }
+            });
+            if let Err(error) = called.await {
+                tracing::error!(%error, "what a verified layer was waited for has failed");
+            }
+        });
+    }
+
     pub(super) fn stands(&self, standing: Standing) {
         self.standing.send_replace(standing);
     }

@@ -46,7 +46,10 @@ impl Made {
     fn image(&self) -> Vec<u8> {
         let mut image = vec![0; usize::try_from(ReadAt::size(&*self.bytes)).unwrap()];
         let range = headstart::model::ByteRange::to(image.len() as u64);
-        LazyLayer(Arc::clone(&self.bytes)).bring(range, Purpose::Read, Box::new(|result| result.unwrap()));
+        let (say, brought) = std::sync::mpsc::channel();
+        let done = Box::new(move |result| say.send(result).expect("somebody listens"));
+        LazyLayer(Arc::clone(&self.bytes)).bring(range, Purpose::Read, done);
+        brought.recv().expect("an answer comes").unwrap();
         self.bytes.read_exact_at(0, &mut image).unwrap();
         image
     }

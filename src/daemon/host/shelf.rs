@@ -129,7 +129,7 @@ pub fn layer_id(layer: &LayerImage) -> LayerId {
 
 /// What decides how one layer is presented.
 pub(super) fn facts(layer: &LayerImage, needs_more: bool) -> LayerFacts {
-    let (size, local) = (layer.size(), layer.local().is_some());
+    let (size, local) = (layer.size(), layer.is_local());
     let obstacle = if needs_more {
         Some("it keeps contents in further layers".to_owned())
     } else {

@@ -2,6 +2,7 @@
 
 use super::image;
 use super::stage::{K8S, OURS, Stage, Version};
+use crate::cli::stage::wait_until;
 
 /// An image leaves one of two namespaces: containers of the other go on, and new ones start.
 fn namespaces_are_independent(stage: &Stage, image: &str) {
@@ -79,6 +80,10 @@ fn outlives_our_daemon(stage: &Stage, image: &str, away: impl Fn()) {
     // Nothing new may be needed for what runs already.
     assert_eq!(read.exec("echo still here"), "still here\n");
     stage.start_daemon();
+    // containerd does not call for up to three seconds after a call has failed.
+    wait_until("containerd to call again", || {
+        stage.ctr(&["-n", K8S, "snapshot", "--snapshotter", OURS, "list"]).is_ok()
+    });
     read.sees().assert_equals(&before);
     unread.sees().assert_equals(&before);
     unread.exec("echo new > /changing/changed && test \"$(cat /changing/changed)\" = new");

@@ -112,6 +112,8 @@ struct Content {
     /// (repository, tag or digest) -> (media type, bytes).
     manifests: BTreeMap<(String, String), (String, Bytes)>,
     uploads: HashMap<String, Vec<u8>>,
+    /// How many uploads were begun: those that ended give nobody their names.
+    begun: usize,
     /// Token -> the scopes it is good for.
     tokens: HashMap<String, String>,
     issued: usize,
@@ -559,7 +561,8 @@ fn upload(shared: &Shared, seen: &Seen, repository: &str, id: &str, body: &Bytes
             {
                 return answer(201, &[(LOCATION, format!("/v2/{repository}/blobs/{digest}"))], Body::empty());
             }
-            let id = format!("u{}", content.uploads.len() + 1);
+            content.begun += 1;
+            let id = format!("u{}", content.begun);
             content.uploads.insert(id.clone(), Vec::new());
             answer(202, &[place(&id)], Body::empty())
         }

@@ -97,8 +97,7 @@ pub fn run(settings: &Settings, above: &Above, runtime: &Handle) -> anyhow::Resu
         // Who calls before everything is back waits, and is not turned away.
         let listener = node.is_some().then(|| open_socket(settings, above)).transpose()?;
         let (close, closed) = oneshot::channel::<()>();
-        // What it shows is let go of last, when it is known what stays.
-        let _shown = node.clone();
+        let shown = node.clone();
         let until_end = async {
             tokio::join!(bring_back(&host), async {
                 if let Some(node) = &node {
@@ -132,6 +131,9 @@ pub fn run(settings: &Settings, above: &Above, runtime: &Handle) -> anyhow::Resu
         api.set_ready(false);
         notify.say("STOPPING=1");
         drop(stop);
+        if let Some(shown) = shown.filter(|_| settings.daemon.keep_mounts) {
+            shown.leave();
+        }
         tokio::select! { () = host.shut_down(settings.daemon.stop_timeout) => (), () = any(&mut end) => () }
         let abort = answering.abort_handle();
         if tokio::time::timeout(LAST_ANSWERS, answering).await.is_err() {

@@ -62,6 +62,8 @@ pub(super) struct Attached {
     ground: Arc<Mutex<()>>,
     /// What an owner before this one had mounted shows it.
     adopted: bool,
+    /// It stays mounted when it is let go of, if nobody serves it then.
+    stays: AtomicBool,
     /// The last to go.
     run: Arc<RunDirectory>,
 }
@@ -84,6 +86,13 @@ impl HeldLayer {
     /// How it stands.
     pub fn report(&self) -> LayerReport {
         self.0.report()
+    }
+
+    /// From now on it stays mounted when the last holder lets go of it, for the next owner, if the kernel then shows it
+    /// without any process.
+    pub fn leave(&self) {
+        self.0.run.leave();
+        self.0.stays.store(true, Ordering::Relaxed);
     }
 }
 
@@ -159,6 +168,7 @@ impl Attached {
             exchange: Mutex::new(()),
             state: Mutex::new(State { backing, file, direct_io: false, failure: None }),
             adopted,
+            stays: AtomicBool::new(false),
             ground,
             run,
         };
@@ -248,7 +258,7 @@ impl Drop for Attached {
     fn drop(&mut self) {
         // Whoever mounts the layer again waits until its directory is free.
         let _one = self.ground.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.run.leaves() && matches!(self.state().backing, Backing::Local(_)) {
+        if self.stays.load(Ordering::Relaxed) && matches!(self.state().backing, Backing::Local(_)) {
             return;
         }
         let gone = unmount(&self.mount_point, Unmount::Lazy).map_err(io::Error::other);

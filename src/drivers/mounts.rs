@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -42,6 +42,8 @@ struct Slot {
 pub struct Presented {
     target: PathBuf,
     layers: Vec<HeldLayer>,
+    /// It stays when it is let go of.
+    stays: AtomicBool,
     owner: Arc<Inner>,
 }
 
@@ -126,7 +128,12 @@ impl KernelMounts {
         }
         let mut seen = HashSet::new();
         let layers = layers.iter().rev().filter(|layer| seen.insert(layer.number())).cloned().collect();
-        Ok(Some(Presented { target: target.to_owned(), layers, owner: Arc::clone(&self.0) }))
+        Ok(Some(Presented {
+            target: target.to_owned(),
+            layers,
+            stays: AtomicBool::new(false),
+            owner: Arc::clone(&self.0),
+        }))
     }
 
     /// True if a stack of this run directory is the topmost mount on `target`, whoever made it.
@@ -140,7 +147,7 @@ impl KernelMounts {
 
     /// Takes away what an owner before this one left and nobody has taken up; `targets` are the stacks that somebody has.
     pub fn settle(&self, targets: &BTreeSet<PathBuf>) {
-        self.0.manner.adopts.store(false, std::sync::atomic::Ordering::Relaxed);
+        self.0.manner.adopts.store(false, Ordering::Relaxed);
         let table = mount_table().unwrap_or_default();
         let stacks = table.iter().filter(|entry| entry.kind == "overlay" && entry.source == self.0.run.source());
         for stack in stacks.filter(|stack| !targets.contains(&stack.mount_point)) {
@@ -155,11 +162,6 @@ impl KernelMounts {
                 tracing::warn!(path = %path.display(), %error, "a directory stays behind");
             }
         }
-    }
-
-    /// From now on what the kernel shows without any process stays when it is let go of, for the next owner.
-    pub fn leave(&self) {
-        self.0.run.leave();
     }
 
     /// Lets the kernel read a layer from the complete, verified file `local`, under all live mounts of it.
@@ -262,7 +264,7 @@ impl Inner {
         let upper = writable.as_ref().map(|(upper, work)| (upper.as_path(), work.as_path()));
         let overlay = OverlayMount { source: self.run.source(), lowers: &lowers, upper };
         mount_overlay(&overlay, &target).map_err(DriverError::Stack)?;
-        Ok(Presented { target, layers, owner: self })
+        Ok(Presented { target, layers, stays: AtomicBool::new(false), owner: self })
     }
 }
 
@@ -307,6 +309,16 @@ impl Presented {
         self.layers.iter().all(|layer| matches!(layer.report().backing, Backing::Local(_)))
     }
 
+    /// True if from now on it stays when it is let go of, for the next owner: the kernel shows it without any process.
+    pub fn leave(&self) -> bool {
+        let stays = self.is_local();
+        if stays {
+            self.layers.iter().for_each(HeldLayer::leave);
+            self.stays.store(true, Ordering::Relaxed);
+        }
+        stays
+    }
+
     /// True if it is not mounted any more, whoever took it away.
     ///
     /// # Errors
@@ -335,7 +347,7 @@ impl Presented {
 
 impl Drop for Presented {
     fn drop(&mut self) {
-        if self.owner.run.leaves() && self.is_local() {
+        if self.stays.load(Ordering::Relaxed) {
             return;
         }
         if let Err(error) = self.take_away(Unmount::Lazy) {

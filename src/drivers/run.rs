@@ -29,7 +29,7 @@ pub struct RunDirectory {
     source: String,
     /// An owner before this one left something.
     is_found: bool,
-    /// What needs no process stays when this is dropped.
+    /// Something of it stays when this is dropped.
     leaves: AtomicBool,
     _owner: FileLock,
 }
@@ -89,12 +89,12 @@ impl RunDirectory {
         self.is_found
     }
 
-    /// From now on what the kernel shows without any process stays when it is let go of, for the next owner.
+    /// Something stays in it for the next owner.
     pub(super) fn leave(&self) {
         self.leaves.store(true, Ordering::Relaxed);
     }
 
-    pub(super) fn leaves(&self) -> bool {
+    fn leaves(&self) -> bool {
         self.leaves.load(Ordering::Relaxed)
     }
 

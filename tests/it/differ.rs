@@ -55,6 +55,8 @@ impl Held for Shown {
     fn path(&self) -> &Path {
         &self.0
     }
+
+    fn leave(&self) {}
 }
 
 /// A node and whoever asks it.

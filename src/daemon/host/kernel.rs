@@ -260,8 +260,8 @@ impl Shown for KernelShown {
         Ok(())
     }
 
-    fn needs_nobody(&self) -> bool {
-        self.inner.presented().is_some_and(|presented| presented.is_local())
+    fn leave(&self) -> bool {
+        self.inner.presented().is_some_and(|presented| presented.leave())
     }
 
     fn own_connections(&self) -> u64 {

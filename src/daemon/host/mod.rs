@@ -459,11 +459,11 @@ impl Host {
         self.table().closed = true;
         let taking = self.runtime.spawn_blocking(move || {
             let mounts = host.mounts();
-            let keep = host.settings.daemon.keep_mounts;
+            // The process of a single mount has no successor.
+            let keep = host.settings.daemon.keep_mounts && host.daemon.is_some();
             let taken = mounts.iter().rev().filter(|mounted| !(keep && mounted.leave()));
             taken.for_each(|mounted| take_away_at_the_end(mounted));
             if keep {
-                host.shelf.leave();
                 // Who has been left is waited for by nobody.
                 host.table().mounts.retain(|_, mounted| !mounted.is_released());
                 host.tell_count();

@@ -102,7 +102,7 @@ impl Mounted {
 
     /// Leaves a mount that goes on by itself to the next daemon, with its records; false if it does not.
     pub(super) fn leave(&self) -> bool {
-        if !self.shown.needs_nobody() {
+        if !self.shown.leave() {
             return false;
         }
         let Some((claim, written)) = self.claim.lock().unwrap_or_else(PoisonError::into_inner).take() else {

@@ -297,13 +297,6 @@ impl Shelf {
         }
     }
 
-    /// From now on what the kernel shows without this process stays when it is let go of, for the next daemon.
-    pub(super) fn leave(&self) {
-        if let Place::Kept(ground) = &self.place {
-            ground.mounts.leave();
-        }
-    }
-
     /// How many FUSE connections there are for its lazy layers alone.
     pub(super) fn own_connections(&self) -> u64 {
         let own = lock(&self.ground).upgrade().is_some_and(|ground| match &ground.files {
@@ -423,5 +416,9 @@ impl Shelves for Shelf {
 impl node::Held for ShelfDir {
     fn path(&self) -> &Path {
         self.path()
+    }
+
+    fn leave(&self) {
+        self.0.held.leave();
     }
 }

@@ -49,8 +49,9 @@ pub trait Shown: fmt::Debug + Send + Sync {
     /// Done when it is gone from the mount point and the last file is closed, by whomever and also if that was before.
     fn ended(&self) -> BoxFuture<'static, ()>;
 
-    /// True if it goes on without this process, and another one can take it up.
-    fn needs_nobody(&self) -> bool {
+    /// Leaves it to the next daemon: from now on it stays when it is dropped. False if it does not go on without this
+    /// process, or another one could not take it up.
+    fn leave(&self) -> bool {
         false
     }
 
@@ -159,8 +160,8 @@ impl Shown for Explained {
         self.0.ended()
     }
 
-    fn needs_nobody(&self) -> bool {
-        self.0.needs_nobody()
+    fn leave(&self) -> bool {
+        self.0.leave()
     }
 
     fn own_connections(&self) -> u64 {

@@ -80,6 +80,9 @@ pub trait Shelves: fmt::Debug + Send + Sync + 'static {
 pub trait Held: fmt::Debug + Send + Sync {
     /// Where.
     fn path(&self) -> &Path;
+
+    /// From now on it stays when it is dropped, for the next daemon, if it goes on without this one.
+    fn leave(&self);
 }
 
 /// No layer is served: containerd brings them all.

@@ -178,6 +178,11 @@ impl Node {
         self.0.shown().keys().copied().collect()
     }
 
+    /// Leaves the layers that are shown, as far as they go on by themselves, to the next daemon.
+    pub fn leave(&self) {
+        self.0.shown().values().for_each(|shown| shown.held.leave());
+    }
+
     /// Does work that waits for the disk where it may.
     async fn blocking<T: Send + 'static>(
         &self,

@@ -99,41 +99,41 @@ fn basic() {
     let stage = Stage::new();
     let flat = stage.path("flat");
     fs::create_dir(&flat).unwrap();
-    let preparing = stage.mount(&stage.prepare("/work/preparing", ""));
+    let preparing = stage.mount(&stage.prepare("/snapshots/preparing", ""));
     apply(&initial, &preparing.0);
     drop(preparing);
-    stage.commit("/work/committed", "/work/preparing");
-    let first = stage.stat("/work/committed").unwrap();
+    stage.commit("/snapshots/committed", "/snapshots/preparing");
+    let first = stage.stat("/snapshots/committed").unwrap();
     assert_eq!((kind(&first), first.parent.as_str()), (Kind::Committed, ""));
-    assert_code(stage.stat("/work/preparing"), Code::NotFound);
+    assert_code(stage.stat("/snapshots/preparing"), Code::NotFound);
 
-    let next = stage.mount(&stage.prepare("/work/nextlayer", "/work/committed"));
+    let next = stage.mount(&stage.prepare("/snapshots/nextlayer", "/snapshots/committed"));
     apply(&initial, &flat);
     assert_equal(&next.0, &flat);
     apply(&change, &next.0);
     drop(next);
-    let active = stage.stat("/work/nextlayer").unwrap();
-    assert_eq!((kind(&active), active.parent.as_str()), (Kind::Active, "/work/committed"));
-    stage.commit("/work/committed-next", "/work/nextlayer");
-    let second = stage.stat("/work/committed-next").unwrap();
-    assert_eq!((kind(&second), second.parent.as_str()), (Kind::Committed, "/work/committed"));
-    assert_code(stage.stat("/work/nextlayer"), Code::NotFound);
+    let active = stage.stat("/snapshots/nextlayer").unwrap();
+    assert_eq!((kind(&active), active.parent.as_str()), (Kind::Active, "/snapshots/committed"));
+    stage.commit("/snapshots/committed-next", "/snapshots/nextlayer");
+    let second = stage.stat("/snapshots/committed-next").unwrap();
+    assert_eq!((kind(&second), second.parent.as_str()), (Kind::Committed, "/snapshots/committed"));
+    assert_code(stage.stat("/snapshots/nextlayer"), Code::NotFound);
     let walked: BTreeMap<String, Info> =
         stage.list(&[]).unwrap().into_iter().map(|info| (info.name.clone(), info)).collect();
     for info in [&first, &second] {
         assert_eq!(walked.get(&info.name), Some(info));
     }
 
-    let view = stage.mount(&stage.view("/work/nextnextlayer", "/work/committed-next"));
+    let view = stage.mount(&stage.view("/snapshots/nextnextlayer", "/snapshots/committed-next"));
     apply(&change, &flat);
     assert_equal(&view.0, &flat);
     drop(view);
-    stage.remove("/work/nextnextlayer").unwrap();
-    let refused = stage.remove("/work/committed").unwrap_err();
+    stage.remove("/snapshots/nextnextlayer").unwrap();
+    let refused = stage.remove("/snapshots/committed").unwrap_err();
     assert_eq!(refused.code(), Code::FailedPrecondition);
     assert!(refused.message().contains("remove"), "{refused:?}");
-    stage.remove("/work/committed-next").unwrap();
-    stage.remove("/work/committed").unwrap();
+    stage.remove("/snapshots/committed-next").unwrap();
+    stage.remove("/snapshots/committed").unwrap();
     assert_eq!(stage.names(&[]), [""; 0]);
 }
 

@@ -92,6 +92,8 @@ impl Held for Shown {
     fn path(&self) -> &Path {
         &self.path
     }
+
+    fn leave(&self) {}
 }
 
 impl Drop for Shown {

@@ -132,7 +132,7 @@ pub fn run(settings: &Settings, above: &Above, runtime: &Handle) -> anyhow::Resu
         notify.say("STOPPING=1");
         drop(stop);
         if let Some(shown) = shown.filter(|_| settings.daemon.keep_mounts) {
-            shown.leave();
+            shown.leave().await;
         }
         tokio::select! { () = host.shut_down(settings.daemon.stop_timeout) => (), () = any(&mut end) => () }
         let abort = answering.abort_handle();

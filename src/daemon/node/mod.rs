@@ -178,9 +178,18 @@ impl Node {
         self.0.shown().keys().copied().collect()
     }
 
-    /// Leaves the layers that are shown, as far as they go on by themselves, to the next daemon.
-    pub fn leave(&self) {
-        self.0.shown().values().for_each(|shown| shown.held.leave());
+    /// Leaves the layers of snapshots to the next daemon, as far as they go on by themselves.
+    pub async fn leave(&self) {
+        let leaving = self.blocking(|inner| {
+            // What nobody needs any more is not for the next one to find.
+            drop(inner.unused());
+            inner.shown().values().for_each(|shown| shown.held.leave());
+            Ok(())
+        });
+        if let Err(error) = leaving.await {
+            let error: &dyn std::error::Error = &error;
+            tracing::error!(error, "the layers of snapshots are taken away");
+        }
     }
 
     /// Does work that waits for the disk where it may.

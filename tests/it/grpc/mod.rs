@@ -99,7 +99,11 @@ impl Held for Shown {
 impl Drop for Shown {
     fn drop(&mut self) {
         self.world.held.lock().unwrap().retain(|slot| *slot != self.slot);
-        fs::remove_dir_all(&self.path).unwrap();
+        match fs::remove_dir_all(&self.path) {
+            // The whole world is gone.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            removed => removed.unwrap(),
+        }
     }
 }
 

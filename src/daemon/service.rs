@@ -1,7 +1,7 @@
 //! The daemon: a host that stays.
 //!
 //! Guarantees: one daemon per root and run directory. It begins without any registry: what a dead daemon left is taken
-//! away and mounted again from what was kept. It ends when it is asked to, mounts first, the latest first; a mount in use is
+//! away and mounted again from what was kept, or goes on under its readers if its FUSE connection was kept. It ends when it is asked to, mounts first, the latest first; a mount in use is
 //! taken away all the same, and served for [`DaemonSettings::stop_timeout`](super::config::DaemonSettings) to those who have
 //! files open. A second request to end does not wait for them.
 
@@ -20,7 +20,8 @@ use tokio::sync::oneshot;
 
 use super::api::{Api, Judge};
 use super::config::{Config as Settings, LogLevel};
-use super::host::{Host, Shelf};
+use super::host::{Host, Seat, Shelf};
+use super::keeper::{Keeper, KeeperOptions};
 use super::listener::{self, Limits};
 use super::metrics;
 use super::mounts::{Entry, Mounts};
@@ -31,8 +32,9 @@ use super::node::{Node, NodeOptions};
 use super::notify::Notify;
 use super::place::Place;
 use crate::control::ControlServer;
+use crate::fuse;
 use crate::grpc::{self, Calls, Differ, Services};
-use crate::sys::descriptors::{self, Announced};
+use crate::sys::descriptors::{Announced, Inherited, inherited};
 
 /// What the unit of the socket for containerd calls it (`FileDescriptorName=`).
 const CONTAINERD_SOCKET: &str = "snapshots";
@@ -50,8 +52,22 @@ pub struct Above {
     pub set_log_level: fn(LogLevel),
     /// `NOTIFY_SOCKET`.
     pub notify_socket: Option<OsString>,
-    /// `LISTEN_PID`, `LISTEN_FDS` and `LISTEN_FDNAMES`.
+    /// The service manager keeps descriptors, as it says.
+    pub has_store: bool,
+    /// What the service manager has passed on.
     pub announced: Announced,
+    /// This program.
+    pub program: PathBuf,
+}
+
+/// What became of the daemon's mounts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// They were taken away.
+    Over,
+    /// They are there for the next daemon. This process must end at once and close nothing by itself: what it still holds
+    /// would be taken for given up.
+    Left,
 }
 
 impl std::fmt::Debug for Above {
@@ -64,12 +80,22 @@ impl std::fmt::Debug for Above {
 ///
 /// # Errors
 /// Anything on the way to being ready; afterwards nothing is one.
-pub fn run(settings: &Settings, above: &Above, runtime: &Handle) -> anyhow::Result<()> {
+pub fn run(settings: &Settings, above: &Above, runtime: &Handle) -> anyhow::Result<Ended> {
     let notify = Notify::new(above.notify_socket.as_deref()).context("cannot use NOTIFY_SOCKET")?;
     let place = Place::take(&settings.root, &settings.run)?;
     let socket = place.socket();
-    let host = Host::open(settings, runtime.clone(), Some(place))?;
-    runtime.block_on(async {
+    let keeper = Keeper::new(KeeperOptions {
+        run: settings.run.clone(),
+        program: above.program.clone(),
+        patience: settings.daemon.keep_for,
+        notify: notify.clone(),
+        has_store: above.has_store,
+    });
+    let (mut sockets, kept): (Vec<Inherited>, Vec<Inherited>) =
+        inherited(&above.announced).into_iter().partition(|inherited| inherited.name == CONTAINERD_SOCKET);
+    let link = take_over(&keeper, kept, &place);
+    let host = Host::open(settings, runtime.clone(), Some(Seat { place, keeper: Some(keeper), link }))?;
+    let ended = runtime.block_on(async {
         let mut end = [listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?];
         let mut hang_up = listen(SignalKind::hangup())?;
         let control = ControlServer::bind(&socket)
@@ -95,7 +121,7 @@ pub fn run(settings: &Settings, above: &Above, runtime: &Handle) -> anyhow::Resu
         let _logins = host.house().sources().start(settings)?;
         let node = containerd_node(&host)?;
         // Who calls before everything is back waits, and is not turned away.
-        let listener = node.is_some().then(|| open_socket(settings, above)).transpose()?;
+        let listener = node.is_some().then(|| open_socket(settings, sockets.pop())).transpose()?;
         let (close, closed) = oneshot::channel::<()>();
         let shown = node.clone();
         let until_end = async {
@@ -111,6 +137,7 @@ pub fn run(settings: &Settings, above: &Above, runtime: &Handle) -> anyhow::Resu
                 tokio::spawn(serve_containerd(listener, services, async { closed.await.unwrap_or_default() }));
                 tracing::info!(socket = %settings.containerd.socket.display(), "snapshots are served to containerd");
             }
+            host.is_complete();
             api.set_ready(true);
             notify.say("READY=1");
             tracing::info!(
@@ -131,6 +158,13 @@ pub fn run(settings: &Settings, above: &Above, runtime: &Handle) -> anyhow::Resu
         api.set_ready(false);
         notify.say("STOPPING=1");
         drop(stop);
+        if settings.daemon.keep_mounts && host.leave() {
+            tokio::time::timeout(LAST_ANSWERS, answering).await.ok();
+            // What it shows would be taken away with it.
+            std::mem::forget(shown);
+            tracing::info!("mounts stay for the next daemon");
+            return Ok(Ended::Left);
+        }
         if let Some(shown) = shown.filter(|_| settings.daemon.keep_mounts) {
             shown.leave().await;
         }
@@ -142,14 +176,33 @@ pub fn run(settings: &Settings, above: &Above, runtime: &Handle) -> anyhow::Resu
         if let Some(listening) = listening {
             listening.abort();
         }
-        Ok(())
-    })
+        anyhow::Ok(Ended::Over)
+    });
+    if matches!(ended, Ok(Ended::Left)) {
+        // Its mounts would be taken away with it.
+        std::mem::forget(host);
+    }
+    ended
+}
+
+/// The connection of a daemon before this one, if it was kept and can be used.
+fn take_over(keeper: &Keeper, inherited: Vec<Inherited>, place: &Place) -> Option<fuse::Link> {
+    match fuse::Link::take_up(keeper.found(inherited)?, &place.file_system()) {
+        Ok(link) => {
+            tracing::info!("the FUSE connection of the daemon before this one is taken over");
+            Some(link)
+        }
+        Err(error) => {
+            let error: &dyn std::error::Error = &error;
+            tracing::warn!(error, "mounts of the daemon before this one are mounted again");
+            None
+        }
+    }
 }
 
 /// Where containerd calls: the socket that the service manager has opened, else one of this process's own.
-fn open_socket(settings: &Settings, above: &Above) -> anyhow::Result<UnixListener> {
-    let mut inherited = descriptors::inherited(&above.announced).into_iter();
-    match inherited.find(|inherited| inherited.name == CONTAINERD_SOCKET) {
+fn open_socket(settings: &Settings, inherited: Option<Inherited>) -> anyhow::Result<UnixListener> {
+    match inherited {
         Some(inherited) => Ok(grpc::adopt(inherited.descriptor)?),
         None => Ok(grpc::bind(&settings.containerd.socket)?),
     }

@@ -28,7 +28,7 @@ impl<'a> Daemon<'a> {
         Self::start_with(stage, |_| {})
     }
 
-    fn start_with(stage: &'a Stage, prepare: impl FnOnce(&mut Command)) -> Self {
+    pub(crate) fn start_with(stage: &'a Stage, prepare: impl FnOnce(&mut Command)) -> Self {
         let log = (0..).map(|number| stage.path(&format!("daemon-{number}.log"))).find(|log| !log.exists()).unwrap();
         let mut command = stage.program();
         command.arg("daemon").stdin(Stdio::null()).stdout(Stdio::null()).stderr(File::create(&log).unwrap());

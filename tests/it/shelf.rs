@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use headstart::chain::LayerSlot;
 use headstart::daemon::config::{Config, Surroundings};
-use headstart::daemon::host::{Host, ShelfDir};
+use headstart::daemon::host::{Host, Seat, ShelfDir};
 use headstart::daemon::image::OpenImage;
 use headstart::daemon::place::Place;
 use headstart::drivers::{Backing, Driver, Wanted};
@@ -37,7 +37,8 @@ impl Rooms {
         let settings = Config::load(Some(&config), &Surroundings { is_root: true, ..Surroundings::default() }).unwrap();
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let place = Place::take(&settings.root, &settings.run).unwrap();
-        let host = Host::open(&settings, runtime.handle().clone(), Some(place)).unwrap();
+        let host =
+            Host::open(&settings, runtime.handle().clone(), Some(Seat { place, keeper: None, link: None })).unwrap();
         Self { host, runtime }
     }
 

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::Read as _;
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -22,6 +23,8 @@ use headstart::testkit::lazy::{LazyBytes, LazyLayer, Reaction};
 use headstart::vfs::{Forest, LayerSlot, SnapshotSlot, open_layers};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use crate::cli::stage::{Registry, Stage, tar};
+use crate::daemon::Daemon;
 use crate::drivers::{Readers, contents, eventually, layer_of};
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -294,4 +297,146 @@ fn what_the_kernel_knew_before_is_served_until_it_is_dropped() {
     (&open).read_to_end(&mut content).unwrap();
     assert!(content == files(0)[&name]);
     eventually("the listing is not told", || fs::read_dir(relay.path("fs/layers")).unwrap().count() == 2);
+}
+
+/// A stage whose daemon leaves its mounts when it is asked to end.
+fn stage_that_keeps() -> Stage {
+    let stage = Stage::new();
+    stage.settle(&mut Command::new("true"));
+    let config = stage.path("config.toml");
+    let text = fs::read_to_string(&config).unwrap();
+    assert!(text.contains("keep_mounts = false"));
+    fs::write(&config, text.replace("keep_mounts = false", "keep_mounts = true")).unwrap();
+    stage
+}
+
+/// An image of two layers whose files are [`files`], mounted through the daemon with both lazy drivers.
+fn mounted_twice(stage: &Stage) -> (Registry, [PathBuf; 2]) {
+    let tars: Vec<_> = (0..2)
+        .map(|layer| {
+            let files = files(layer);
+            let mut entries: Vec<(String, &[u8])> = vec![(format!("dir{layer}/"), b"")];
+            entries.extend(files.iter().map(|(name, content)| (name.clone(), content.as_slice())));
+            tar(&entries.iter().map(|(name, content)| (name.as_str(), *content)).collect::<Vec<_>>())
+        })
+        .collect();
+    let (_, converted) = stage.images(&tars);
+    let registry = stage.serve(&converted, &[]);
+    let points = ["fuse", "kernel"].map(|driver| {
+        let point = stage.make(driver);
+        stage.ok(&["mount", "--driver", driver, &registry.image(), point.to_str().unwrap()]);
+        point
+    });
+    (registry, points)
+}
+
+fn all_files() -> BTreeMap<String, Vec<u8>> {
+    (0..2).flat_map(files).collect()
+}
+
+#[test]
+fn readers_do_not_notice_that_the_daemon_is_killed() {
+    const KILLS: usize = 20;
+    let stage = Stage::new();
+    let mut daemon = Daemon::start(&stage);
+    let (registry, points) = mounted_twice(&stage);
+    let readers = points.each_ref().map(|point| Readers::start(point, &all_files(), 2));
+    for _ in 0..KILLS {
+        readers.iter().for_each(|readers| readers.wait_for(20));
+        daemon.kill();
+        daemon = Daemon::start(&stage);
+        assert!(daemon.log().contains("is taken over"), "{}", daemon.log());
+    }
+    readers.iter().for_each(|readers| readers.wait_for(40));
+    let [through_fuse, through_kernel] = readers.map(Readers::finish);
+    println!("{KILLS} daemons: through fuse {through_fuse:?}, through the kernel {through_kernel:?} (reads, longest)");
+    let status = stage.status();
+    let drivers: Vec<_> = status.iter().map(|mount| mount["driver"].as_str().unwrap()).collect();
+    // What was read as a whole was handed over to the kernel meanwhile.
+    assert!(drivers[0] == "fuse" && ["kernel", "local"].contains(&drivers[1]), "{status:?}");
+    // New ones work beside them.
+    let new = stage.make("new");
+    stage.ok(&["mount", &registry.image(), new.to_str().unwrap()]);
+    let (name, content) = all_files().pop_first().unwrap();
+    assert!(fs::read(new.join(name)).unwrap() == content);
+    daemon.end();
+    stage.assert_clean();
+}
+
+#[test]
+fn a_daemon_that_is_asked_to_end_leaves_its_mounts_to_the_next() {
+    let stage = stage_that_keeps();
+    let daemon = Daemon::start(&stage);
+    let (_registry, points) = mounted_twice(&stage);
+    let readers = points.each_ref().map(|point| Readers::start(point, &all_files(), 1));
+    readers.iter().for_each(|readers| readers.wait_for(20));
+    let log = daemon.end();
+    assert!(log.contains("mounts stay for the next daemon"), "{log}");
+    let daemon = Daemon::start(&stage);
+    readers.iter().for_each(|readers| readers.wait_for(40));
+    for readers in readers {
+        readers.finish();
+    }
+    for point in &points {
+        stage.ok(&["umount", point.to_str().unwrap()]);
+    }
+    // With nothing to be shown there is nothing to be left.
+    let log = daemon.end();
+    assert!(!log.contains("mounts stay"), "{log}");
+    stage.assert_clean();
+}
+
+#[test]
+fn the_service_manager_keeps_the_connection() {
+    // What is passed on begins at 3; the number of the process is known when it runs.
+    const PASS_ON: &str = "exec 3<&0 4<&1 </dev/null >/dev/null; export LISTEN_PID=$$ LISTEN_FDS=2 \
+                           LISTEN_FDNAMES=headstart-fs:headstart-fs; exec \"$@\"";
+    let stage = Stage::new();
+    let path = stage.path("notify");
+    let manager = UnixDatagram::bind(&path).unwrap();
+    manager.set_read_timeout(Some(PATIENCE)).unwrap();
+    // Until something comes with descriptors.
+    let stored = || loop {
+        let mut words = [0; 256];
+        let (length, descriptors) = receive(&manager, &mut words).unwrap();
+        if !descriptors.is_empty() {
+            assert_eq!(&words[..length], b"FDSTORE=1\nFDNAME=headstart-fs\nFDPOLL=0");
+            return descriptors;
+        }
+    };
+    let managed = |command: &mut Command| {
+        command.env("NOTIFY_SOCKET", &path).env("FDSTORE", "8");
+    };
+    let daemon = Daemon::start_with(&stage, managed);
+    let mut store = stored();
+    assert!(!stage.path("run/hold.sock").exists(), "two keep what one is enough for");
+    let (_registry, points) = mounted_twice(&stage);
+    let readers = points.each_ref().map(|point| Readers::start(point, &all_files(), 1));
+    let mut daemon = Some(daemon);
+    for _ in 0..3 {
+        readers.iter().for_each(|readers| readers.wait_for(20));
+        daemon.take().unwrap().kill();
+        let next = Daemon::start_with(&stage, |command| {
+            managed(command);
+            let mut shell = Command::new("sh");
+            shell.args(["-c", PASS_ON, "sh"]).arg(command.get_program()).args(command.get_args());
+            for (name, value) in command.get_envs() {
+                match value {
+                    Some(value) => shell.env(name, value),
+                    None => shell.env_remove(name),
+                };
+            }
+            let [one, other] = <[OwnedFd; 2]>::try_from(std::mem::take(&mut store)).unwrap();
+            shell.stdin(one).stdout(other).stderr(Stdio::null());
+            *command = shell;
+        });
+        store = stored();
+        daemon = Some(next);
+    }
+    readers.iter().for_each(|readers| readers.wait_for(40));
+    for readers in readers {
+        readers.finish();
+    }
+    daemon.take().unwrap().end();
+    stage.assert_clean();
 }

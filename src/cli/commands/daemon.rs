@@ -14,7 +14,7 @@ use crate::control::{Client, ControlError};
 use crate::daemon::config::Surroundings;
 use crate::daemon::keeper::hold as hold_until_the_end;
 use crate::daemon::place::{self, Holder};
-use crate::daemon::service::{self, Above};
+use crate::daemon::service::{self, Above, Ended};
 
 /// How long a daemon may take from its first sign of life until it listens. It opens a store meanwhile.
 const BEGINNING: Duration = Duration::from_secs(10);
@@ -26,7 +26,7 @@ const LAST_WORK: Duration = Duration::from_secs(2);
 pub(crate) fn run(context: &Context) -> anyhow::Result<ExitCode> {
     let runtime = context.runtime()?;
     let again = context.clone();
-    let Surroundings { notify_socket, announced, .. } = Surroundings::of_this_process();
+    let around = Surroundings::of_this_process();
     let above = Above {
         judge: fault,
         reload: Box::new(move || {
@@ -34,15 +34,21 @@ pub(crate) fn run(context: &Context) -> anyhow::Result<ExitCode> {
             Ok(crate::daemon::config::Config { log_level: again.serving_log_level(&config), ..config })
         }),
         set_log_level: logging::set_level,
-        notify_socket,
-        announced,
+        notify_socket: around.notify_socket,
+        has_store: around.descriptor_store.is_some_and(|room| room > 0),
+        announced: around.announced,
+        program: std::env::current_exe().context("cannot find this program")?,
     };
     let mut config = context.config.clone();
     config.log_level = context.serving_log_level(&config);
     logging::set_level(config.log_level);
     let done = service::run(&config, &above, runtime.handle());
+    if matches!(done, Ok(Ended::Left)) {
+        // Requests that wait for bytes are the next daemon's to answer.
+        std::process::exit(0);
+    }
     runtime.shutdown_timeout(LAST_WORK);
-    done.map(|()| ExitCode::SUCCESS)
+    done.map(|_| ExitCode::SUCCESS)
 }
 
 /// `headstart hold`: what the daemon gave over the standard input is kept beyond it.

@@ -247,6 +247,8 @@ pub struct DaemonSettings {
     pub stop_timeout: Duration,
     /// Whether mounts that go on without the daemon stay when it ends, for the next one to take them up.
     pub keep_mounts: bool,
+    /// How long those who read lazy mounts wait for the next daemon, if a process of this program keeps the connection.
+    pub keep_for: Duration,
 }
 
 /// How containerd is served.
@@ -449,6 +451,7 @@ impl Config {
                 metrics_listen,
                 stop_timeout: span(daemon.stop_timeout, Duration::from_secs(10)),
                 keep_mounts: daemon.keep_mounts.unwrap_or(true),
+                keep_for: span(daemon.keep_for, Duration::from_secs(600)),
             },
         };
         let wrong = |key, why| Err(wrong(key, why));
@@ -525,7 +528,7 @@ mod tests {
              connections = 8\ndeadline = '9ms'\nread_ahead = '10kB'\n[fill]\n\
              enabled = false\nstart_delay = '13s'\nbandwidth = '14MB'\nconnections = 15\n[store]\nsync_interval = '11h'\nquota = '16GiB'\n\
              reserve = '17kB'\n[daemon]\n\
-             metrics_listen = '127.0.0.1:9'\nstop_timeout = '12s'\nkeep_mounts = false\n[containerd]\nenabled = false\nsocket = '/s'\n\
+             metrics_listen = '127.0.0.1:9'\nstop_timeout = '12s'\nkeep_mounts = false\nkeep_for = '19s'\n[containerd]\nenabled = false\nsocket = '/s'\n\
              address = '/a'\ncontent = '/b'\nversion = '2.4.0-beta.0'\nlazy = false\ntrust_labels = true\ndriver = 'fuse'\nfill = false\nprepare_timeout = '18s'\n\
              sync = true\n",
         )
@@ -567,6 +570,7 @@ mod tests {
                 metrics_listen: Some("127.0.0.1:9".parse().unwrap()),
                 stop_timeout: Duration::from_secs(12),
                 keep_mounts: false,
+                keep_for: Duration::from_secs(19),
             },
             containerd: ContainerdSettings {
                 enabled: false,

@@ -18,7 +18,7 @@ pub(super) const KEYS: &[(&str, &[&str])] = &[
     ("fetch", &["memory", "connections", "deadline", "read_ahead"]),
     ("fill", &["enabled", "start_delay", "bandwidth", "connections"]),
     ("store", &["sync_interval", "quota", "reserve"]),
-    ("daemon", &["metrics_listen", "stop_timeout", "keep_mounts"]),
+    ("daemon", &["metrics_listen", "stop_timeout", "keep_mounts", "keep_for"]),
     (
         "containerd",
         &[
@@ -120,6 +120,7 @@ pub(super) struct SaidDaemon {
     pub(super) metrics_listen: Option<String>,
     pub(super) stop_timeout: Option<Span>,
     pub(super) keep_mounts: Option<bool>,
+    pub(super) keep_for: Option<Span>,
 }
 
 /// The first key of `table` that means nothing.

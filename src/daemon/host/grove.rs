@@ -15,8 +15,9 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -38,11 +39,22 @@ use crate::vfs::{Forest, Layer, LayerSlot, SnapshotSlot};
 /// which is worse than some ten kilobytes of tables for each.
 const REMEMBERED: usize = 16;
 
+/// How long those wait at most who ask for something that a daemon before this one showed. It is listed again from what is on
+/// this machine.
+const RESTORING: Duration = Duration::from_secs(30);
+
 /// The connection. Dropped, it is taken away, and those who have files open keep what is local of them.
 pub struct Grove {
     place: PathBuf,
     forest: Arc<Forest<Lazy>>,
     server: fuse::Server,
+    /// Device number of its mounts.
+    number: (u32, u32),
+    taken_over: bool,
+    /// What was taken over is listed.
+    complete: AtomicBool,
+    /// How many layers are listed, each as often as it is.
+    listed: AtomicUsize,
     /// The next number of an image that has none of its own.
     next: AtomicU32,
     table: Mutex<Table>,
@@ -100,17 +112,102 @@ impl Grove {
     /// # Errors
     /// The kernel refuses, or this user may not.
     pub fn plant(place: &Path, patience: Duration, source: &str) -> anyhow::Result<Arc<Self>> {
-        while mount::is_ours(place)? {
-            mount::unmount(place, Unmount::Lazy)?;
-        }
-        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(place);
-        made.with_context(|| format!("cannot create {}", place.display()))?;
-        let forest = Arc::new(Forest::new());
+        Self::plant_on(place, patience, source, None)
+    }
+
+    /// The same on a connection that a process before this one served, if there is one: what it showed has to be listed again
+    /// under the same numbers, and until [`Grove::is_complete`] those who ask for it wait.
+    ///
+    /// # Errors
+    /// The kernel refuses, or this user may not.
+    pub fn plant_on(
+        place: &Path,
+        patience: Duration,
+        source: &str,
+        link: Option<fuse::Link>,
+    ) -> anyhow::Result<Arc<Self>> {
         let options = fuse::ServeOptions { patience, ..fuse::ServeOptions::for_this_user(source) };
-        let server = fuse::serve(Arc::clone(&forest), place, &options)?;
+        let forest = Arc::new(Forest::new());
+        let link = match link {
+            Some(link) => link,
+            None => {
+                while mount::is_ours(place)? {
+                    mount::unmount(place, Unmount::Lazy)?;
+                }
+                let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(place);
+                made.with_context(|| format!("cannot create {}", place.display()))?;
+                fuse::Link::mount(place, &options)?
+            }
+        };
+        let (number, taken_over) = (link.number(), link.was_served());
+        let server = fuse::serve_link(Arc::clone(&forest), link, &options)?;
         let place = server.mount_point().to_owned();
         let (next, directory) = (AtomicU32::new(MAX_SNAPSHOT_SLOT + 1), MountDirectory(place.clone()));
-        Ok(Arc::new(Self { place, forest, server, next, table: Mutex::default(), directory }))
+        let table = Mutex::default();
+        let grove = Arc::new(Self {
+            place,
+            forest,
+            server,
+            number,
+            taken_over,
+            complete: AtomicBool::new(false),
+            listed: AtomicUsize::new(0),
+            next,
+            table,
+            directory,
+        });
+        if taken_over {
+            // Nobody waits for ever for what does not come back.
+            let weak = Arc::downgrade(&grove);
+            let end = move || {
+                thread::sleep(RESTORING);
+                if let Some(grove) = weak.upgrade() {
+                    grove.is_complete();
+                }
+            };
+            thread::Builder::new().name("grove-complete".into()).spawn(end).context("cannot start a thread")?;
+        }
+        Ok(grove)
+    }
+
+    /// True if a process before this one served the connection.
+    pub const fn was_taken_over(&self) -> bool {
+        self.taken_over
+    }
+
+    /// Says that what a process before this one showed is listed again, as far as it ever will be.
+    pub fn is_complete(self: &Arc<Self>) {
+        self.server.is_complete();
+        if !self.taken_over || self.complete.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let weak = Arc::downgrade(self);
+        let look = move || {
+            // The kernel counts as knowing what is listed. Looked at, it does, and will tell when it does not any more.
+            let Some(grove) = weak.upgrade() else { return };
+            for dir in ["snapshots", "layers", "raw"] {
+                let names = fs::read_dir(grove.place.join(dir)).into_iter().flatten().flatten();
+                names.for_each(|name| drop(fs::symlink_metadata(name.path())));
+            }
+        };
+        if let Err(error) = thread::Builder::new().name("grove-look".into()).spawn(look) {
+            tracing::debug!(%error, "the kernel may never tell that it forgot what was taken over");
+        }
+    }
+
+    /// What another process needs to serve on; none when it is over.
+    pub fn kept(&self) -> MutexGuard<'_, Option<fuse::Kept>> {
+        self.server.kept()
+    }
+
+    /// True if something is listed.
+    pub fn shows_anything(&self) -> bool {
+        self.listed.load(Ordering::Relaxed) > 0
+    }
+
+    /// True if `entry` is a mount of this connection.
+    fn shows(&self, entry: &MountEntry) -> bool {
+        (entry.major, entry.minor) == self.number
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
@@ -123,6 +220,7 @@ impl Grove {
     /// The forest refuses.
     pub fn list(self: &Arc<Self>, shoot: Shoot) -> anyhow::Result<Listed> {
         let slot = self.forest.add_layer(shoot.diff_id, shoot.layer, Some(LayerSlot(shoot.number)))?;
+        self.listed.fetch_add(1, Ordering::Relaxed);
         Ok(Listed { grove: Arc::clone(self), slot })
     }
 
@@ -196,6 +294,7 @@ impl Listed {
 
 impl Drop for Listed {
     fn drop(&mut self) {
+        self.grove.listed.fetch_sub(1, Ordering::Relaxed);
         if let Err(error) = self.grove.forest.remove_layer(self.slot) {
             let error: &dyn std::error::Error = &error;
             tracing::error!(error, "a layer was removed twice");
@@ -236,17 +335,21 @@ impl Drop for Planted {
     }
 }
 
-/// A listed image bound to a mount point, or below a writable layer there.
+/// What is listed, mounted on a mount point in one way or another, and watched there.
 #[derive(Debug)]
 pub(super) struct Bound {
+    driver: Driver,
     mount_point: PathBuf,
     over: watch::Receiver<bool>,
     /// It was taken away by this process: what is mounted there now is something else.
     taken: Arc<AtomicBool>,
     watch: Watch,
     /// Goes when nothing is mounted any more.
-    _planted: Planted,
+    _listed: Box<dyn fmt::Debug + Send + Sync>,
 }
+
+/// The source of overlays on an image that FUSE shows.
+const OVERLAY: &str = "headstart";
 
 /// Mounts a listed image on `mount_point`, below the writable layer `upper` if there is one.
 ///
@@ -257,18 +360,9 @@ pub(super) fn bind(planted: Planted, mount_point: &Path, upper: Option<&Path>, w
         None => mount_bind(&planted.directory(), mount_point)?,
         Some(upper) => mount::mount_writable(&planted.directory(), upper, mount_point)?,
     }
-    let (place, writable) = (mount_point.to_owned(), upper.is_some());
-    let is_it = move |entry: &MountEntry| {
-        let kind = if writable { entry.source == "headstart" } else { entry.kind == MOUNT_KIND };
-        kind && entry.mount_point == place
-    };
-    let taken = Arc::new(AtomicBool::new(false));
-    let is_taken = Arc::clone(&taken);
-    match watch.until(move |table| is_taken.load(Ordering::Acquire) || !table.iter().any(&is_it)) {
-        Ok(over) => {
-            let (mount_point, watch) = (mount_point.to_owned(), watch.clone());
-            Ok(Bound { mount_point, over, taken, watch, _planted: planted })
-        }
+    let source = upper.map(|_| OVERLAY);
+    match watch_over(Box::new(planted), Driver { name: "fuse", why: None }, mount_point, source, watch) {
+        Ok(bound) => Ok(bound),
         Err(error) => {
             mount::unmount(mount_point, Unmount::Lazy)?;
             Err(error)
@@ -276,9 +370,52 @@ pub(super) fn bind(planted: Planted, mount_point: &Path, upper: Option<&Path>, w
     }
 }
 
+/// Takes up what a process before this one has mounted of what is listed: overlays of this `source`, or without one a part of
+/// the connection itself.
+///
+/// # Errors
+/// The mount table cannot be watched.
+pub(super) fn watch_over(
+    listed: Box<dyn fmt::Debug + Send + Sync>,
+    driver: Driver,
+    mount_point: &Path,
+    source: Option<&str>,
+    watch: &Watch,
+) -> anyhow::Result<Bound> {
+    let (place, source) = (mount_point.to_owned(), source.map(str::to_owned));
+    let is_it = move |entry: &MountEntry| {
+        let kind = match &source {
+            Some(source) => entry.source == source.as_str(),
+            None => entry.kind == MOUNT_KIND,
+        };
+        kind && entry.mount_point == place
+    };
+    let taken = Arc::new(AtomicBool::new(false));
+    let is_taken = Arc::clone(&taken);
+    let over = watch.until(move |table| is_taken.load(Ordering::Acquire) || !table.iter().any(&is_it))?;
+    Ok(Bound { driver, mount_point: mount_point.to_owned(), over, taken, watch: watch.clone(), _listed: listed })
+}
+
+/// The source of an overlay on an image that FUSE shows, or none for the image alone, if that is what is on `mount_point`.
+///
+/// # Errors
+/// The mount table cannot be read.
+pub(super) fn bound_there(
+    grove: &Grove,
+    mount_point: &Path,
+    writable: bool,
+) -> io::Result<Option<Option<&'static str>>> {
+    let Some(entry) = mount::mounted_on(mount_point)? else { return Ok(None) };
+    // What is below an overlay the table does not tell.
+    Ok(match writable {
+        true => (entry.source == OVERLAY).then_some(Some(OVERLAY)),
+        false => grove.shows(&entry).then_some(None),
+    })
+}
+
 impl Shown for Bound {
     fn driver(&self) -> Driver {
-        Driver { name: "fuse", why: None }
+        self.driver.clone()
     }
 
     fn take_away(&self, how: Unmount) -> Result<(), MountError> {

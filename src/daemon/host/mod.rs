@@ -25,6 +25,7 @@ use tokio::sync::watch;
 
 use super::config::Config as Settings;
 use super::image::{Documents, House, Lazy, OpenImage};
+use super::keeper::Keeper;
 use super::mounts::{Claim, Entry, Mounts};
 use super::place::Place;
 use super::recorder::{self, WrittenMount};
@@ -32,6 +33,7 @@ use crate::chain::LayerSlot;
 use crate::control::MountRecord;
 use crate::drivers::Wanted;
 use crate::fetch::{Counters, LayerImage};
+use crate::fuse;
 use crate::oci::{Platform, Reference};
 use crate::snapshots::SnapshotsConfig;
 use crate::sys::mount::{self, MountError};
@@ -82,6 +84,29 @@ pub struct NoSuchMount(pub PathBuf);
 #[error("cannot mount: the process that would serve it is about to end")]
 pub struct Closed;
 
+/// What makes a host the daemon.
+#[derive(Debug)]
+pub struct Seat {
+    /// That there is no other one.
+    pub place: Place,
+    /// Who keeps its connection beyond it, if anybody is to.
+    pub keeper: Option<Keeper>,
+    /// The connection of a daemon before it.
+    pub link: Option<fuse::Link>,
+}
+
+impl Seat {
+    /// Has the connection kept. Without that it ends with this process, as it did when there was nobody to keep it.
+    fn keep(&self, grove: &Grove) {
+        let kept = grove.kept();
+        let Some((keeper, kept)) = self.keeper.as_ref().zip(kept.as_ref()) else { return };
+        if let Err(error) = keeper.keep(kept, !grove.was_taken_over()) {
+            let error: &dyn std::error::Error = &error;
+            tracing::warn!(error, "nobody keeps the FUSE connection should this process end: mounts end with it");
+        }
+    }
+}
+
 /// A process that serves mounts.
 #[derive(Debug)]
 pub struct Host {
@@ -90,8 +115,8 @@ pub struct Host {
     records: Mounts,
     shelf: Arc<Shelf>,
     runtime: Handle,
-    /// The place of the daemon, if this is it.
-    daemon: Option<Place>,
+    /// The seat of the daemon, if this is it.
+    daemon: Option<Seat>,
     /// The common connection, or why there is none, if there is more to say.
     grove: Result<Arc<Grove>, Option<String>>,
     watch: Watch,
@@ -117,18 +142,25 @@ impl Host {
     ///
     /// # Errors
     /// A root that cannot be used, or a connection that cannot be mounted.
-    pub fn open(settings: &Settings, runtime: Handle, daemon: Option<Place>) -> anyhow::Result<Arc<Self>> {
+    pub fn open(settings: &Settings, runtime: Handle, daemon: Option<Seat>) -> anyhow::Result<Arc<Self>> {
         let mut house = House::open(settings, runtime.clone())?;
         if daemon.is_some() {
             house.open_snapshots(SnapshotsConfig { sync: settings.containerd.sync })?;
         }
         sweep(&settings.root);
+        let mut daemon = daemon;
+        let link = daemon.as_mut().and_then(|seat| seat.link.take());
         let grove = match &daemon {
             None => Err(None),
             Some(_) if !rustix::process::geteuid().is_root() => {
                 Err(Some("only root binds mounts: it has a connection of its own".to_owned()))
             }
-            Some(place) => Ok(Grove::plant(&place.file_system(), settings.fetch.deadline, "headstart")?),
+            Some(seat) => {
+                let place = seat.place.file_system();
+                let grove = Grove::plant_on(&place, settings.fetch.deadline, "headstart", link)?;
+                seat.keep(&grove);
+                Ok(grove)
+            }
         };
         let shelf = match &grove {
             Ok(grove) => Shelf::of_daemon(settings, runtime.clone(), &settings.run, grove)?,
@@ -215,7 +247,7 @@ impl Host {
                 pid: std::process::id(),
                 upper: request.upper,
                 no_fill: !request.fill,
-                daemon: host.daemon.as_ref().map(Place::socket),
+                daemon: host.socket(),
             };
             claim.publish(&record)?;
             let fill = fills.then(|| Fill::start(&host.runtime, &image.layers, host.fill_options()));
@@ -271,14 +303,8 @@ impl Host {
                 Some("a layer keeps data in other blobs: it has a connection of its own".to_owned())
             }
             Ok(grove) => {
-                let numbers = layer_slots.iter().copied().chain(std::iter::repeat(None));
-                let shoot = |((layer, of), slot): ((Layer<Lazy>, &Arc<LayerImage>), Option<LayerSlot>)| Shoot {
-                    number: self.shelf.number(&layer_id(of), slot),
-                    diff_id: of.diff_id(),
-                    layer: Arc::new(layer),
-                };
-                let shoots = layers.into_iter().zip(image.stack()).zip(numbers).map(shoot);
-                let planted = grove.grow(shoots.collect(), slot)?;
+                let shoots = self.shoots(image, layers, layer_slots);
+                let planted = grove.grow(shoots, slot)?;
                 let bound = grove::bind(planted, &request.mount_point, request.upper.as_deref(), &self.watch)?;
                 return Ok(Box::new(bound));
             }
@@ -303,6 +329,9 @@ impl Host {
     /// # Errors
     /// Anything on the way there.
     pub async fn bring_back(self: &Arc<Self>, entry: &Entry) -> anyhow::Result<()> {
+        if let Some(source) = self.still_shown(&entry.record)? {
+            return self.take_up(&entry.record, source).await;
+        }
         let record = entry.record.clone();
         let (host, dead) = (Arc::clone(self), record.clone());
         let clearing = self.runtime.spawn_blocking(move || {
@@ -339,6 +368,92 @@ impl Host {
                 Err(error)
             }
         }
+    }
+
+    /// What a daemon before this one shows on the mount point of `record`, if its connection was taken over: the source of the
+    /// overlay on it, if it is one. What the kernel shows is taken up in another way.
+    fn still_shown(&self, record: &MountRecord) -> anyhow::Result<Option<Option<&'static str>>> {
+        let grove = self.grove.as_ref().ok().filter(|grove| grove.was_taken_over() && record.driver == "fuse");
+        let there = grove.map(|grove| grove::bound_there(grove, &record.mount_point, record.upper.is_some()));
+        Ok(there.transpose()?.flatten())
+    }
+
+    /// Goes on with a mount that is there: lists again what it reads, under the numbers that it knows.
+    async fn take_up(self: &Arc<Self>, record: &MountRecord, source: Option<&'static str>) -> anyhow::Result<()> {
+        let reference: Reference = record.image.parse()?;
+        let documents = self.house.kept_documents(&reference, record.manifest).await?;
+        let image = self.house.bring_image(documents, None).await?;
+        let layers = image.open_stack().await?;
+        let (host, record) = (Arc::clone(self), record.clone());
+        let taking = self.runtime.spawn_blocking(move || {
+            let claim = host.records.claim(&record.mount_point)?;
+            let listed = host.list_again(&image, layers, &record, source);
+            let (written, shown) = match listed {
+                Ok(listed) => listed,
+                Err(error) => {
+                    claim.leave(&record)?;
+                    return Err(error);
+                }
+            };
+            let driver = shown.driver().name.to_owned();
+            let record = MountRecord { pid: std::process::id(), driver, daemon: host.socket(), ..record };
+            claim.publish(&record)?;
+            let fills = !record.no_fill && host.settings.fill.enabled;
+            let fill = fills.then(|| Fill::start(&host.runtime, &image.layers, host.fill_options()));
+            host.enter(&Arc::new(Mounted::new(image, shown, record, (claim, Some(written)), fill)))
+        });
+        taking.await.context("the thread that takes a mount up broke down")?
+    }
+
+    fn list_again(
+        &self,
+        image: &OpenImage,
+        layers: Vec<Layer<Lazy>>,
+        record: &MountRecord,
+        source: Option<&str>,
+    ) -> anyhow::Result<(WrittenMount, Box<dyn Shown>)> {
+        let grove = self.grove.as_ref().ok().context("there is no connection")?;
+        let written = WrittenMount::new(&self.house, image, &record.mount_point)?.context("nothing is written down")?;
+        let shoots = self.shoots(image, layers, &written.layer_slots(image));
+        let planted = Box::new(grove.grow(shoots, Some(written.slot().0))?);
+        let driver = Driver { name: "fuse", why: Some("taken over from the daemon before this one".to_owned()) };
+        let bound = grove::watch_over(planted, driver, &record.mount_point, source, &self.watch)?;
+        Ok((written, Box::new(bound)))
+    }
+
+    /// The layers of a stack, to be listed under their numbers.
+    fn shoots(&self, image: &OpenImage, layers: Vec<Layer<Lazy>>, slots: &[Option<LayerSlot>]) -> Vec<Shoot> {
+        let numbers = slots.iter().copied().chain(std::iter::repeat(None));
+        let shoot = |((layer, of), slot): ((Layer<Lazy>, &Arc<LayerImage>), Option<LayerSlot>)| Shoot {
+            number: self.shelf.number(&layer_id(of), slot),
+            diff_id: of.diff_id(),
+            layer: Arc::new(layer),
+        };
+        layers.into_iter().zip(image.stack()).zip(numbers).map(shoot).collect()
+    }
+
+    /// Says that everything is back that a daemon before this one showed, as far as it ever will be.
+    pub fn is_complete(&self) {
+        if let Ok(grove) = &self.grove {
+            grove.is_complete();
+        }
+    }
+
+    /// The daemon's control socket, if this is it.
+    fn socket(&self) -> Option<PathBuf> {
+        self.daemon.as_ref().map(|seat| seat.place.socket())
+    }
+
+    /// Mounts no more, and leaves what there is to the next daemon. True if it can: the connection is kept beyond this
+    /// process, and there is something to be shown. From then on nothing may be dropped, and this process has to end.
+    pub fn leave(&self) -> bool {
+        let (Ok(grove), Some(seat)) = (&self.grove, &self.daemon) else { return false };
+        let keeps = seat.keeper.as_ref().is_some_and(Keeper::keeps);
+        let leaves = keeps && grove.kept().is_some() && (grove.shows_anything() || !self.mounts().is_empty());
+        if leaves {
+            self.table().closed = true;
+        }
+        leaves
     }
 
     /// When all that is to be brought back is: takes away what a daemon before this one left besides, and forgets what it
@@ -474,6 +589,9 @@ impl Host {
         }
         let deadline = Instant::now() + patience;
         let mut served = tokio::time::timeout(patience, self.empty()).await.is_err();
+        if let Some(keeper) = self.daemon.as_ref().and_then(|seat| seat.keeper.as_ref()) {
+            keeper.forget();
+        }
         if let Ok(grove) = &self.grove {
             let grove = Arc::clone(grove);
             let closing =

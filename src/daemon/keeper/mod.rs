@@ -26,8 +26,8 @@ pub use holder::hold;
 /// What the descriptors are called in the manager's store.
 pub const NAME: &str = "headstart-fs";
 
-/// How long the holder may take to answer a word. It does nothing else.
-const ANSWER: Duration = Duration::from_secs(10);
+/// How long the holder may take to answer a word. It does nothing else, but may have to be started on a machine that is busy.
+const ANSWER: Duration = Duration::from_secs(30);
 
 /// How often a holder is started anew if it is killed.
 const HOLDERS: u32 = 5;

@@ -76,9 +76,15 @@ impl Stage {
             );
             fs::write(&config, text).unwrap();
         }
-        for name in
-            ["HEADSTART_ROOT", "HEADSTART_CONFIG", "DOCKER_CONFIG", "XDG_DATA_HOME", "XDG_CONFIG_HOME", "NOTIFY_SOCKET"]
-        {
+        for name in [
+            "HEADSTART_ROOT",
+            "HEADSTART_CONFIG",
+            "DOCKER_CONFIG",
+            "XDG_DATA_HOME",
+            "XDG_CONFIG_HOME",
+            "NOTIFY_SOCKET",
+            "FDSTORE",
+        ] {
             command.env_remove(name);
         }
         command.env("HOME", self.dir.path()).env("NO_PROXY", "*");

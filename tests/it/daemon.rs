@@ -400,10 +400,16 @@ fn the_service_manager_hears_of_the_beginning_and_the_end() {
     let path = stage.path("notify.sock");
     let socket = UnixDatagram::bind(&path).unwrap();
     socket.set_read_timeout(Some(std::time::Duration::from_secs(60))).unwrap();
+    // What is given to it to keep is told in between (see `takeover`).
     let hear = || {
-        let mut buffer = [0; 256];
-        let length = socket.recv(&mut buffer).unwrap();
-        String::from_utf8_lossy(&buffer[..length]).into_owned()
+        loop {
+            let mut buffer = [0; 256];
+            let length = socket.recv(&mut buffer).unwrap();
+            let message = String::from_utf8_lossy(&buffer[..length]).into_owned();
+            if !message.starts_with("FDSTORE") {
+                break message;
+            }
+        }
     };
     let daemon = Daemon::start_with(&stage, |command| {
         command.env("NOTIFY_SOCKET", &path);

@@ -216,6 +216,7 @@ fn containerd_node(host: &Arc<Host>) -> anyhow::Result<Option<Node>> {
         prepare_timeout: settings.containerd.prepare_timeout,
         fill: (settings.fill.enabled && settings.containerd.fill).then(|| host.fill_options()),
         links: settings.run.join("f"),
+        xino: settings.containerd.xino,
     };
     let runtime = host.house().runtime().clone();
     let lazy = Lazy::new(host.house(), (&settings.containerd).into(), &settings.containerd.address);

@@ -77,7 +77,9 @@ pub struct OverlayMount<'a> {
     pub upper: Option<(&'a Path, &'a Path)>,
 }
 
-/// Mounts an overlay on `target`. Redirects of directories are followed, as the merge of this program follows them.
+/// Mounts an overlay on `target`. Redirects of directories are followed, as the merge of this program follows them, and all
+/// files have one device (overlayfs's `xino`): else `du -x`, `tar --one-file-system` and the like pass over what lies in
+/// layers, and a file has another inode number once it is written to.
 ///
 /// # Errors
 /// See [`MountError`]; nothing is mounted then.
@@ -126,6 +128,7 @@ fn configure(context: &OwnedFd, overlay: &OverlayMount<'_>) -> rustix::io::Resul
         None => rustix::mount::fsconfig_set_flag(context, "ro")?,
     }
     rustix::mount::fsconfig_set_string(context, "redirect_dir", "follow")?;
+    rustix::mount::fsconfig_set_string(context, "xino", "on")?;
     rustix::mount::fsconfig_create(context)
 }
 
@@ -133,7 +136,7 @@ fn mount_at_once(overlay: &OverlayMount<'_>, target: &Path) -> rustix::io::Resul
     // What of the page each directory may use.
     let share = OPTIONS_LIMIT.saturating_sub(100) / (overlay.lowers.len() + 2);
     let mut held = Vec::new();
-    let mut options = b"redirect_dir=follow,lowerdir=".to_vec();
+    let mut options = b"redirect_dir=follow,xino=on,lowerdir=".to_vec();
     for (number, lower) in overlay.lowers.iter().enumerate() {
         if number > 0 {
             options.push(b':');

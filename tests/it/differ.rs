@@ -149,7 +149,7 @@ impl Stage {
         let patience = Duration::from_secs(60);
         let open = move || Snapshots::open_patiently(&store, SnapshotsConfig::default(), patience).unwrap();
         let snapshots = Arc::new(tokio::task::spawn_blocking(open).await.unwrap());
-        let options = NodeOptions { prepare_timeout: patience, fill: None, links: self.path("f") };
+        let options = NodeOptions { prepare_timeout: patience, fill: None, links: self.path("f"), xino: true };
         let layers = Arc::new(WithTars::new(fetcher.clone(), Arc::new(Nothing)));
         let shelves = Arc::new(Empty(self.path("shown")));
         let node = Node::new(Arc::clone(&snapshots), layers, shelves, options, runtime).unwrap();

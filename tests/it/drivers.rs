@@ -1,8 +1,9 @@
 //! Layers mounted by the kernel, and handed over under load. Needs root, /dev/fuse, loop devices, EROFS and overlayfs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::Read as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -156,11 +157,20 @@ proptest! {
         for layers in [stage.lazy_layers(), stage.local_layers()] {
             let presented = stage.present(&mounts, &layers);
             prop_assert_eq!(listing(presented.target()).difference(&by_fuse), None);
+            prop_assert_eq!(devices(presented.target()).len(), 1);
             drop(presented);
         }
         drop((mounts, server));
         stage.assert_clean();
     }
+}
+
+/// What the files below a directory, and it, have as their device.
+fn devices(path: &Path) -> BTreeSet<u64> {
+    let metadata = std::fs::symlink_metadata(path).unwrap();
+    let entries = metadata.is_dir().then(|| std::fs::read_dir(path).unwrap());
+    let below = entries.into_iter().flatten().flat_map(|entry| devices(&entry.unwrap().path()));
+    below.chain([metadata.dev()]).collect()
 }
 
 /// Files with their contents, some small and some large, in a layer of its own.

@@ -270,6 +270,8 @@ pub struct ContainerdSettings {
     pub trust_labels: bool,
     /// How layers are shown.
     pub driver: Wanted,
+    /// Whether the files of a container have one device although its layers are file systems of their own.
+    pub xino: bool,
     /// Whether layers that are served are completed in the background.
     pub fill: bool,
     /// How long the preparation of a layer may wait for a registry before containerd is left to download it.
@@ -409,6 +411,7 @@ impl Config {
                 lazy: containerd.lazy.unwrap_or(true),
                 trust_labels: containerd.trust_labels.unwrap_or(false),
                 driver: driver.unwrap_or_default(),
+                xino: containerd.xino.unwrap_or(true),
                 fill: containerd.fill.unwrap_or(true),
                 prepare_timeout: span(containerd.prepare_timeout, Duration::from_secs(10)),
                 sync: containerd.sync.unwrap_or(false),
@@ -529,7 +532,7 @@ mod tests {
              enabled = false\nstart_delay = '13s'\nbandwidth = '14MB'\nconnections = 15\n[store]\nsync_interval = '11h'\nquota = '16GiB'\n\
              reserve = '17kB'\n[daemon]\n\
              metrics_listen = '127.0.0.1:9'\nstop_timeout = '12s'\nkeep_mounts = false\nkeep_for = '19s'\n[containerd]\nenabled = false\nsocket = '/s'\n\
-             address = '/a'\ncontent = '/b'\nversion = '2.4.0-beta.0'\nlazy = false\ntrust_labels = true\ndriver = 'fuse'\nfill = false\nprepare_timeout = '18s'\n\
+             address = '/a'\ncontent = '/b'\nversion = '2.4.0-beta.0'\nlazy = false\ntrust_labels = true\ndriver = 'fuse'\nxino = false\nfill = false\nprepare_timeout = '18s'\n\
              sync = true\n",
         )
         .unwrap();
@@ -581,6 +584,7 @@ mod tests {
                 lazy: false,
                 trust_labels: true,
                 driver: Wanted::Driver(crate::drivers::Driver::Fuse),
+                xino: false,
                 fill: false,
                 prepare_timeout: Duration::from_secs(18),
                 sync: true,

@@ -69,6 +69,8 @@ pub struct NodeOptions {
     pub fill: Option<FillOptions>,
     /// A directory for short names, on a file system that forgets at boot.
     pub links: PathBuf,
+    /// Whether the files of a container have one device although its layers are file systems of their own.
+    pub xino: bool,
 }
 
 /// The snapshots of a node.
@@ -123,7 +125,7 @@ impl Node {
             );
         }
         let links = Links::new(options.links.clone());
-        let kernel = Kernel::of_this_machine();
+        let kernel = Kernel::of_this_machine(options.xino);
         let (shown, applies) = (Mutex::default(), diff::Applies::default());
         let untidy = Arc::<Notify>::default();
         let inner = Arc::new(Inner {

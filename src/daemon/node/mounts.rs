@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 use crate::chain::{Kind, Labels};
 use crate::grpc::Mount;
 use crate::oci::labels::SNAPSHOT_REF;
-use crate::snapshots::Stack;
+use crate::snapshots::{Lower, Stack};
 
 /// The user and group ids of the container's user namespace: `container:host:length`, several with commas.
 pub(super) const UID_MAPPING: &str = "containerd.io/snapshot/uidmapping";
@@ -33,11 +33,14 @@ pub(super) struct Kernel {
     /// overlayfs knows an index of its upper directories, and refuses one that was used with other lowers before, unless it
     /// is switched off.
     pub(super) index: bool,
+    /// overlayfs is to show one device, although each layer is a file system of its own.
+    pub(super) xino: bool,
 }
 
 impl Kernel {
-    pub(super) fn of_this_machine() -> Self {
-        Self { index: Path::new("/sys/module/overlay/parameters/index").exists() }
+    /// As this machine's kernel is, with one device for all files if `xino` is true.
+    pub(super) fn of_this_machine(xino: bool) -> Self {
+        Self { index: Path::new("/sys/module/overlay/parameters/index").exists(), xino }
     }
 }
 
@@ -50,6 +53,10 @@ pub(super) fn is_extraction(labels: &Labels) -> bool {
 pub(super) fn mounts(stack: &Stack, lowers: &[PathBuf], mapped: bool, kernel: Kernel) -> Vec<Mount> {
     let snapshot = &stack.snapshot;
     let mut options = Vec::new();
+    // Where all is on one file system there is but one device, and the kernel complains of the option.
+    let xino = || {
+        (kernel.xino && stack.lowers.iter().any(|lower| matches!(lower, Lower::Layer(_)))).then(|| "xino=on".to_owned())
+    };
     if mapped {
         for (label, option) in [(UID_MAPPING, "uidmap"), (GID_MAPPING, "gidmap")] {
             options.extend(snapshot.labels.get(label).map(|value| format!("{option}={value}")));
@@ -63,6 +70,7 @@ pub(super) fn mounts(stack: &Stack, lowers: &[PathBuf], mapped: bool, kernel: Ke
         (Some(own), []) => bind(&own.upper, snapshot.kind == Kind::View, options),
         (Some(own), lowers) => {
             options.extend(kernel.index.then(|| "index=off".to_owned()));
+            options.extend(xino());
             options.push(format!("workdir={}", own.work.display()));
             options.push(format!("upperdir={}", own.upper.display()));
             options.push(lowerdir(lowers));
@@ -71,6 +79,7 @@ pub(super) fn mounts(stack: &Stack, lowers: &[PathBuf], mapped: bool, kernel: Ke
         // overlayfs takes no single directory, and a layer is shown as it is.
         (None, [only]) => bind(only, true, options),
         (None, lowers) if snapshot.kind == Kind::View => {
+            options.extend(xino());
             options.push(lowerdir(lowers));
             overlay(options)
         }
@@ -127,7 +136,7 @@ mod tests {
     use super::*;
     use crate::chain::{Content, Key, Layer, LayerId, LayerSlot, Owner, Snapshot, SnapshotSlot};
     use crate::model::{Algorithm, BlobDigest, DiffId, Digest, Timestamp};
-    use crate::snapshots::{Lower, Own};
+    use crate::snapshots::Own;
 
     fn stack(kind: Kind, content: Content, labels: &[(&str, &str)], own: bool, lowers: usize) -> Stack {
         let digest = Digest::of(Algorithm::Sha256, b"x");
@@ -169,22 +178,26 @@ mod tests {
             (
                 stack(Kind::Active, Content::Files, &[reference], true, 2),
                 false,
-                "overlay overlay index=off workdir=/r/3/work upperdir=/r/3/upper lowerdir=/l/0:/l/1",
+                "overlay overlay index=off xino=on workdir=/r/3/work upperdir=/r/3/upper lowerdir=/l/0:/l/1",
             ),
             (
                 stack(Kind::Active, Content::Files, &[], true, 1),
                 false,
-                "overlay overlay index=off workdir=/r/3/work upperdir=/r/3/upper lowerdir=/l/0",
+                "overlay overlay index=off xino=on workdir=/r/3/work upperdir=/r/3/upper lowerdir=/l/0",
             ),
             (stack(Kind::Active, layer, &[reference], false, 1), false, "bind /l/0 ro rbind"),
             (stack(Kind::Active, layer, &[reference], false, 2), false, "bind /l/0 ro rbind"),
             (stack(Kind::View, Content::Files, &[], true, 0), false, "bind /r/3/upper ro rbind"),
             (stack(Kind::View, Content::Files, &[], false, 1), false, "bind /l/0 ro rbind"),
-            (stack(Kind::View, Content::Files, &[], false, 3), false, "overlay overlay lowerdir=/l/0:/l/1:/l/2"),
+            (
+                stack(Kind::View, Content::Files, &[], false, 3),
+                false,
+                "overlay overlay xino=on lowerdir=/l/0:/l/1:/l/2",
+            ),
             (
                 stack(Kind::Active, Content::Files, &mapping, true, 1),
                 true,
-                "overlay overlay uidmap=0:1000:65536 gidmap=0:2000:65536 index=off workdir=/r/3/work \
+                "overlay overlay uidmap=0:1000:65536 gidmap=0:2000:65536 index=off xino=on workdir=/r/3/work \
                  upperdir=/r/3/upper lowerdir=/l/0",
             ),
             (
@@ -195,7 +208,7 @@ mod tests {
             (stack(Kind::Active, Content::Files, &mapping, true, 0), false, "bind /r/3/upper rw rbind"),
         ] {
             let lowers: Vec<PathBuf> = (0..stack.lowers.len()).map(|number| format!("/l/{number}").into()).collect();
-            let mounts = mounts(&stack, &lowers, mapped, Kernel { index: true });
+            let mounts = mounts(&stack, &lowers, mapped, Kernel { index: true, xino: true });
             assert_eq!(written(&mounts), expected, "{:?} {:?}", stack.snapshot.kind, stack.snapshot.content);
         }
         let plain =

@@ -193,7 +193,8 @@ impl Stage {
         let (snapshots, _) = Snapshots::open(store, SnapshotsConfig { sync: false }).unwrap();
         let snapshots = Arc::new(snapshots);
         let window = Arc::new(Window(Arc::clone(&self.world)));
-        let options = NodeOptions { prepare_timeout: Duration::from_secs(1), fill: None, links: self.path("f") };
+        let options =
+            NodeOptions { prepare_timeout: Duration::from_secs(1), fill: None, links: self.path("f"), xino: true };
         let node = Node::new(Arc::clone(&snapshots), window.clone(), window, options, self.runtime.handle().clone());
         let node = node.unwrap();
         let calls = Arc::<Calls>::default();
@@ -404,7 +405,7 @@ fn perform(mounts: &[Mount], target: &Path) {
     assert_eq!((kind.as_str(), source.as_str()), ("overlay", "overlay"));
     let option = |name: &str| options.iter().find_map(|option| option.strip_prefix(name)?.strip_prefix('='));
     let known = |option: &&String| {
-        ["index=", "workdir=", "upperdir=", "lowerdir="].iter().any(|known| option.starts_with(known))
+        ["index=", "xino=", "workdir=", "upperdir=", "lowerdir="].iter().any(|known| option.starts_with(known))
     };
     assert_eq!(options.iter().filter(known).count(), options.len(), "{options:?}");
     let lowers: Vec<PathBuf> = option("lowerdir").unwrap().split(':').map(PathBuf::from).collect();

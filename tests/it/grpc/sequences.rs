@@ -161,7 +161,7 @@ fn served_layers_are_there_already() {
     let one = stage.view_with("one/10/view", "sha256:c0", &[]).unwrap();
     assert_eq!(written(&one), format!("bind {}/1 ro rbind", l.display()));
     let two = stage.view_with("one/11/view", "sha256:c1", &[]).unwrap();
-    assert_eq!(written(&two), format!("overlay overlay lowerdir={0}/2:{0}/1", l.display()));
+    assert_eq!(written(&two), format!("overlay overlay xino=on lowerdir={0}/2:{0}/1", l.display()));
     let blobs = || fs::read_dir(stage.path("root/blobs/sha256")).unwrap().count();
     assert_eq!(blobs(), 2);
     for key in ["one/9/container", "one/10/view", "one/11/view"] {

@@ -167,8 +167,8 @@ proptest! {
 
 /// What the files below a directory, and it, have as their device.
 fn devices(path: &Path) -> BTreeSet<u64> {
-    let metadata = std::fs::symlink_metadata(path).unwrap();
-    let entries = metadata.is_dir().then(|| std::fs::read_dir(path).unwrap());
+    let metadata = fs::symlink_metadata(path).unwrap();
+    let entries = metadata.is_dir().then(|| fs::read_dir(path).unwrap());
     let below = entries.into_iter().flatten().flat_map(|entry| devices(&entry.unwrap().path()));
     below.chain([metadata.dev()]).collect()
 }

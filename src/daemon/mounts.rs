@@ -27,6 +27,9 @@ use crate::model::{Algorithm, Digest};
 use crate::sys::mount;
 use crate::sys::{FileError, FileLock, LockMode};
 
+/// How long a lock is held by a serving process alone: who looks at a mount holds it for a moment.
+const MOMENT: Duration = Duration::from_secs(1);
+
 /// Why the mounts of a root could not be looked at or changed.
 #[derive(Debug, thiserror::Error)]
 pub enum MountsError {
@@ -80,7 +83,7 @@ impl Place {
         self.file(".json")
     }
 
-    /// Holds the lock, on the file that bears its name.
+    /// Holds the lock, on the file that bears its name; none if a process that serves it does.
     fn take(&self) -> Result<Option<FileLock>, MountsError> {
         let path = self.lock();
         loop {
@@ -90,7 +93,7 @@ impl Place {
                 .truncate(false)
                 .open(&path)
                 .map_err(io_error("create", &path))?;
-            let lock = match FileLock::try_acquire(&path, LockMode::Exclusive) {
+            let lock = match FileLock::acquire_within(&path, LockMode::Exclusive, MOMENT) {
                 Ok(Some(lock)) => lock,
                 Ok(None) => return Ok(None),
                 // Whoever held it removed it at this moment.

@@ -12,12 +12,16 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use crate::sys::{FileError, FileLock, LockMode};
 
 const LOCK: &str = "daemon.lock";
+
+/// How long a lock is held by a daemon alone: whoever looks for one ([`find`]) holds it for a moment.
+const MOMENT: Duration = Duration::from_secs(1);
 
 /// What a lock says of its holder.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -94,7 +98,7 @@ impl Place {
 fn hold(place: &Path, holder: &Holder) -> Result<FileLock, PlaceError> {
     let path = place.join(LOCK);
     fs::File::options().write(true).create(true).truncate(false).open(&path).map_err(io_error("create", &path))?;
-    match FileLock::try_acquire(&path, LockMode::Exclusive).map_err(io_error("lock", &path))? {
+    match FileLock::acquire_within(&path, LockMode::Exclusive, MOMENT).map_err(io_error("lock", &path))? {
         Some(lock) => {
             let text = serde_json::to_vec(holder).expect("plain fields always have a JSON form");
             // In place: the lock belongs to this very file, which is never removed.

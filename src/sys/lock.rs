@@ -7,8 +7,13 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
+
+/// How often a lock is tried that others hold for moments only.
+const GLANCE: Duration = Duration::from_millis(5);
 
 /// With whom a lock can be held at the same time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,6 +62,21 @@ impl FileLock {
         }
     }
 
+    /// The lock on `path` as soon as it can be had, or none if that is not within `patience`: who only looks whether somebody
+    /// holds a lock holds it for a moment, and is not to be taken for an owner. The file must exist.
+    ///
+    /// # Errors
+    /// What `open` or `flock` says.
+    pub fn acquire_within(path: &Path, mode: LockMode, patience: Duration) -> io::Result<Option<Self>> {
+        let deadline = Instant::now() + patience;
+        loop {
+            match Self::try_acquire(path, mode)? {
+                None if Instant::now() < deadline => thread::sleep(GLANCE),
+                found => return Ok(found),
+            }
+        }
+    }
+
     /// Sets the modification time of the locked file to now.
     ///
     /// # Errors
@@ -95,6 +115,25 @@ mod tests {
         let only = FileLock::try_acquire(path, LockMode::Exclusive).unwrap().expect("nobody is left");
         assert!(FileLock::try_acquire(path, LockMode::Shared).unwrap().is_none());
         drop(only);
+    }
+
+    #[test]
+    fn who_only_looks_is_waited_for() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let path = file.path();
+        let looking = FileLock::acquire(path, LockMode::Shared).unwrap();
+        let none = FileLock::acquire_within(path, LockMode::Exclusive, GLANCE * 2).unwrap();
+        assert!(none.is_none(), "who stays is no passer-by");
+        let (begun, begins) = std::sync::mpsc::channel();
+        thread::scope(|scope| {
+            let taking = scope.spawn(move || {
+                begun.send(()).unwrap();
+                FileLock::acquire_within(path, LockMode::Exclusive, Duration::from_secs(60)).unwrap()
+            });
+            begins.recv().unwrap();
+            drop(looking);
+            assert!(taking.join().unwrap().is_some());
+        });
     }
 
     #[test]

@@ -507,7 +507,7 @@ fn of_mounts(error: &MountsError) -> Option<Problem> {
 fn of_place(error: &PlaceError) -> Option<Problem> {
     match error {
         PlaceError::Io(error) => Some(of_io(&error.source)),
-        PlaceError::Taken { .. } => Some(Problem::Usage),
+        PlaceError::Taken { .. } => Some(Problem::Local),
     }
 }
 

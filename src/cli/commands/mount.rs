@@ -50,7 +50,8 @@ pub(crate) fn mount(context: &Context, arguments: &args::Mount) -> anyhow::Resul
         serving::serve(&context.config, request, runtime.handle(), fault, || Ok(()))?;
         return Ok(ExitCode::SUCCESS);
     }
-    match daemon::find(context)?.filter(|_| !arguments.no_daemon) {
+    let daemon = if arguments.no_daemon { None } else { daemon::find(context)? };
+    match daemon {
         Some((holder, client)) => {
             let asked = MountAsked {
                 image: request.image.to_string(),

@@ -1,6 +1,6 @@
 //! `headstart status`.
 
-use std::collections::{BTreeMap, btree_map};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -10,16 +10,27 @@ use serde::Serialize;
 use tokio::runtime::Runtime;
 
 use super::{Context, daemon};
-use crate::cli::output;
+use crate::cli::{output, report};
 use crate::control::{Client, ControlError, DaemonStatus, HostStatus, LayerState, MountRecord, MountStatus};
 use crate::daemon::mounts::{Entry, Mounts};
+use crate::daemon::place;
 
 pub(crate) fn status(context: &Context) -> anyhow::Result<ExitCode> {
     let entries = Mounts::look(&context.config.root)?;
-    let mut hosts = Hosts { runtime: context.runtime()?, told: BTreeMap::new() };
-    let daemon = match daemon::find(context)? {
-        Some((holder, _)) => hosts.ask(&holder.socket).ok().map(|told| told.daemon.clone()),
-        None => None,
+    let mut hosts = Hosts { runtime: context.runtime()?, told: BTreeMap::new(), silent: BTreeSet::new() };
+    let daemon = match daemon::find(context) {
+        Ok(Some((holder, _))) => match hosts.ask(&holder.socket)? {
+            Heard::Told(told) => Some(told.daemon.clone()),
+            // It has ended, or begun to hang, since it was found.
+            Heard::Nothing | Heard::Nobody => None,
+        },
+        Ok(None) => None,
+        Err(error) if matches!(error.downcast_ref(), Some(ControlError::NoAnswer { .. })) => {
+            report::note(&format!("{error}: it does not answer"));
+            hosts.silent.extend(place::find(&context.config.root)?.map(|holder| holder.socket));
+            None
+        }
+        Err(error) => return Err(error),
     };
     let mut mounts = Vec::with_capacity(entries.len());
     for entry in entries {
@@ -36,7 +47,7 @@ pub(crate) fn status(context: &Context) -> anyhow::Result<ExitCode> {
 /// What `status --json` prints.
 #[derive(Debug, Serialize)]
 struct Mounted {
-    /// Null if none runs.
+    /// Null if none runs, or none that answers.
     daemon: Option<DaemonStatus>,
     mounts: Vec<Seen>,
 }
@@ -56,6 +67,8 @@ struct Seen {
 enum State {
     /// Its process answers.
     Serving,
+    /// Its process lives and does not answer.
+    Silent,
     /// Its process is gone without having unmounted.
     Dead,
 }
@@ -64,33 +77,53 @@ enum State {
 struct Hosts {
     runtime: Runtime,
     told: BTreeMap<PathBuf, HostStatus>,
+    /// Nobody waits for them a second time.
+    silent: BTreeSet<PathBuf>,
+}
+
+/// What a process said.
+enum Heard<'a> {
+    Told(&'a HostStatus),
+    /// It is there and does not answer.
+    Nothing,
+    /// Nobody listens.
+    Nobody,
 }
 
 impl Hosts {
-    fn ask(&mut self, socket: &Path) -> Result<&HostStatus, ControlError> {
-        match self.told.entry(socket.to_owned()) {
-            btree_map::Entry::Occupied(told) => Ok(told.into_mut()),
-            btree_map::Entry::Vacant(fresh) => Ok(fresh.insert(self.runtime.block_on(Client::new(socket).status())?)),
+    fn ask(&mut self, socket: &Path) -> Result<Heard<'_>, ControlError> {
+        if !self.told.contains_key(socket) && !self.silent.contains(socket) {
+            match self.runtime.block_on(Client::new(socket).status()) {
+                Ok(told) => {
+                    self.told.insert(socket.to_owned(), told);
+                }
+                Err(ControlError::NoAnswer { .. }) => {
+                    self.silent.insert(socket.to_owned());
+                }
+                Err(ControlError::Gone { .. }) => return Ok(Heard::Nobody),
+                Err(error) => return Err(error),
+            }
         }
+        Ok(self.told.get(socket).map_or(Heard::Nothing, Heard::Told))
     }
 }
 
 /// What there is to tell of a mount; nothing if it is about to end.
 fn see(hosts: &mut Hosts, entry: &Entry) -> anyhow::Result<Option<Seen>> {
     if !entry.alive {
-        return Ok(Some(dead(entry)));
+        return Ok(Some(known(entry, State::Dead)));
     }
     let told = match hosts.ask(&entry.socket()) {
-        Ok(told) => told,
+        Ok(Heard::Told(told)) => told,
         // A process that lives and does not listen any more has unmounted.
-        Err(ControlError::Gone { .. }) => {
-            return Ok(entry.look_again()?.filter(|entry| !entry.alive).map(|entry| dead(&entry)));
+        Ok(Heard::Nobody) => {
+            return Ok(entry.look_again()?.filter(|entry| !entry.alive).map(|entry| known(&entry, State::Dead)));
         }
         // It may have died over the question.
-        Err(error) => {
+        silent => {
             return match entry.look_again()? {
-                Some(entry) if entry.alive => Err(error.into()),
-                Some(entry) => Ok(Some(dead(&entry))),
+                Some(entry) if entry.alive => silent.map(|_| Some(known(&entry, State::Silent))).map_err(Into::into),
+                Some(entry) => Ok(Some(known(&entry, State::Dead))),
                 None => Ok(None),
             };
         }
@@ -99,8 +132,9 @@ fn see(hosts: &mut Hosts, entry: &Entry) -> anyhow::Result<Option<Seen>> {
     Ok(status.map(|status| Seen { state: State::Serving, log: entry.log(), status: status.clone() }))
 }
 
-fn dead(entry: &Entry) -> Seen {
-    Seen { state: State::Dead, log: entry.log(), status: MountStatus::of_record(entry.record.clone()) }
+/// What is known of a mount without asking its process.
+fn known(entry: &Entry, state: State) -> Seen {
+    Seen { state, log: entry.log(), status: MountStatus::of_record(entry.record.clone()) }
 }
 
 fn table(daemon: Option<&DaemonStatus>, mounts: &[Seen]) -> String {
@@ -123,16 +157,16 @@ fn table(daemon: Option<&DaemonStatus>, mounts: &[Seen]) -> String {
         lines.push(format!("{image} on {}", mount_point.display()));
         match state {
             State::Serving => lines.push(format!(
-                "  served by {} {pid} (driver {driver}{}), {} fetched, {} demanded",
+                "  served by {} {pid} (driver {driver}), {} fetched, {} demanded",
                 if status.record.daemon.is_some() { "daemon" } else { "process" },
-                status.driver_why.as_ref().map(|why| format!(": {why}")).unwrap_or_default(),
                 HumanBytes(status.bytes_fetched),
                 HumanBytes(status.bytes_demanded)
             )),
-            State::Dead => {
+            State::Dead | State::Silent => {
+                let what = if *state == State::Dead { "is gone" } else { "does not answer" };
                 let log = log.as_ref().map(|log| format!("; its log is {}", log.display())).unwrap_or_default();
                 let point = mount_point.display();
-                lines.push(format!("  process {pid} is gone: end it with `headstart umount {point}`{log}"));
+                lines.push(format!("  process {pid} {what}: end it with `headstart umount {point}`{log}"));
             }
         }
         if let Some(why) = &status.driver_why {

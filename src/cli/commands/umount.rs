@@ -25,7 +25,13 @@ pub(crate) fn umount(context: &Context, arguments: &args::Umount) -> anyhow::Res
     match entry {
         Some(entry) if entry.alive => {
             let process = entry.process().context("cannot watch the serving process")?;
-            match context.runtime()?.block_on(Client::new(entry.socket()).umount(&asked)) {
+            let client = Client::new(entry.socket());
+            // Asked first whether it answers at all: what it is asked then may take its time.
+            let answer = context.runtime()?.block_on(async {
+                client.health().await?;
+                client.umount(&asked).await
+            });
+            match answer {
                 Ok(()) => {
                     // A daemon goes on. With files open a mount that was taken away lazily is served until they are closed.
                     let process = process.filter(|_| !arguments.lazy && entry.record.daemon.is_none());
@@ -35,7 +41,7 @@ pub(crate) fn umount(context: &Context, arguments: &args::Umount) -> anyhow::Res
                     anyhow::bail!("the process that served {} does not end", mount_point.display());
                 }
                 // It ended at this moment, or it hangs: the kernel can still take the mount away.
-                Err(ControlError::Gone { .. }) => {}
+                Err(ControlError::Gone { .. } | ControlError::NoAnswer { .. }) => {}
                 Err(error) => return Err(error.into()),
             }
             unmount_stale(context, &mount_point, arguments.lazy, Some(&entry))

@@ -243,6 +243,23 @@ fn what_a_dead_process_left_is_told_and_taken_away() {
 }
 
 #[test]
+fn a_process_that_hangs_holds_no_mount() {
+    let stage = Stage::new();
+    let (_, converted) = stage.images(&[tar(&[("a", b"content")])]);
+    let (image, mnt) = (reference(&converted), stage.make("mnt"));
+    stage.ok(&["mount", "--driver", "fuse", &image, mnt.to_str().unwrap()]);
+    let process = pid(&stage);
+    rustix::process::kill_process(process, rustix::process::Signal::STOP).unwrap();
+    let status = stage.status();
+    assert_eq!((status.len(), &status[0]["state"]), (1, &"silent".into()), "{status:?}");
+    stage.ok(&["umount", mnt.to_str().unwrap()]);
+    assert!(mounted_on(&mnt).unwrap().is_none());
+    rustix::process::kill_process(process, rustix::process::Signal::CONT).unwrap();
+    wait_until("the end of the serving process", || has_ended(process));
+    stage.assert_clean();
+}
+
+#[test]
 fn one_process_serves_in_the_foreground_until_it_is_interrupted() {
     let stage = Stage::new();
     let (_, converted) = stage.images(&[tar(&[("a", b"content")])]);

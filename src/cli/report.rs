@@ -5,6 +5,7 @@ use std::io::Write as _;
 use serde::{Deserialize, Serialize};
 
 use super::exit::Problem;
+use super::output;
 use crate::control::{ControlError, Fault};
 
 /// A failure in words. It crosses the pipe from a serving process to the command that started it.
@@ -79,9 +80,9 @@ fn text(failure: &Failure, json: bool) -> String {
         }});
         return format!("{value}\n");
     }
-    let mut text = format!("headstart: {}\n", failure.message);
+    let mut text = format!("headstart: {}\n", output::printable_lines(&failure.message));
     for cause in &failure.causes {
-        text.push_str(&format!("  because: {cause}\n"));
+        text.push_str(&format!("  because: {}\n", output::printable_lines(cause)));
     }
     if let Some(hint) = &failure.hint {
         text.push_str(&format!("  hint: {hint}\n"));

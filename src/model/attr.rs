@@ -168,6 +168,22 @@ mod tests {
     }
 
     #[test]
+    fn times_are_told_in_utc() {
+        for (seconds, text) in [
+            (0, "1970-01-01T00:00:00Z"),
+            (-1, "1969-12-31T23:59:59Z"),
+            (951_782_400, "2000-02-29T00:00:00Z"),
+            (1_735_689_599, "2024-12-31T23:59:59Z"),
+            (4_107_542_400, "2100-03-01T00:00:00Z"),
+            (-62_135_596_800, "0001-01-01T00:00:00Z"),
+            (i64::MAX, "292277026596-12-04T15:30:07Z"),
+        ] {
+            assert_eq!(Timestamp { seconds, nanos: 0 }.to_string(), text);
+        }
+        assert!(Timestamp { seconds: i64::MIN, nanos: 0 }.to_string().starts_with("-292277022657-01-27T"));
+    }
+
+    #[test]
     fn kinds_survive_the_mode() {
         use FileKind::{BlockDevice, CharDevice, Directory, Fifo, Regular, Socket, Symlink};
         for kind in [Regular, Directory, Symlink, CharDevice, BlockDevice, Fifo, Socket] {

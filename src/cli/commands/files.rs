@@ -42,10 +42,10 @@ pub(crate) fn ls(context: &Context, arguments: &args::Ls) -> anyhow::Result<Exit
             text.extend_from_slice(details(&entry.stat.attributes).as_bytes());
             text.push(b' ');
         }
-        text.extend_from_slice(&entry.name);
+        text.extend_from_slice(&output::name(&entry.name));
         if let Some(target) = entry.target.as_ref().filter(|_| arguments.long) {
             text.extend_from_slice(b" -> ");
-            text.extend_from_slice(target);
+            text.extend_from_slice(&output::name(target));
         }
         text.push(b'\n');
     }
@@ -95,7 +95,7 @@ impl From<&Listed> for Row {
             gid,
             nlink,
             size,
-            mtime: time(mtime, true),
+            mtime: precise(mtime),
             target: entry.target.as_deref().map(lossy),
         }
     }
@@ -120,7 +120,7 @@ fn details(attributes: &Attributes) -> String {
         FileKind::CharDevice | FileKind::BlockDevice => format!("{}, {}", rdev.major, rdev.minor),
         _ => size.to_string(),
     };
-    format!("{} {nlink:>3} {uid:>5} {gid:>5} {size:>10} {}", mode(kind, permissions), time(mtime, false))
+    format!("{} {nlink:>3} {uid:>5} {gid:>5} {size:>10} {mtime}", mode(kind, permissions))
 }
 
 fn mode(kind: FileKind, permissions: u16) -> String {
@@ -148,28 +148,10 @@ fn mode(kind: FileKind, permissions: u16) -> String {
     text
 }
 
-/// A time in UTC as ISO 8601 writes it, with nanoseconds on demand.
-fn time(time: Timestamp, nanoseconds: bool) -> String {
-    const DAY: i64 = 86_400;
-    let (days, second) = (time.seconds.div_euclid(DAY), time.seconds.rem_euclid(DAY));
-    let (year, month, day) = date(days);
-    let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
-    let fraction = if nanoseconds { format!(".{:09}", time.nanos) } else { String::new() };
-    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}{fraction}Z")
-}
-
-/// The date that lies `days` after 1970-01-01, by counting in eras of 400 years from the first of March of year 0.
-fn date(days: i64) -> (i64, i64, i64) {
-    let days = i128::from(days) + 719_468;
-    let (era, day_of_era) = (days.div_euclid(146_097), days.rem_euclid(146_097));
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
-    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
-    let year = year_of_era + era * 400 + i128::from(month <= 2);
-    let narrow = |value: i128| i64::try_from(value).unwrap_or(i64::MAX);
-    (narrow(year), narrow(month), narrow(day))
+/// A time with its nanoseconds.
+fn precise(time: Timestamp) -> String {
+    let second = time.to_string();
+    format!("{}.{:09}Z", second.trim_end_matches('Z'), time.nanos)
 }
 
 #[cfg(test)]
@@ -177,20 +159,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn times_are_told_in_utc() {
-        for (seconds, text) in [
-            (0, "1970-01-01T00:00:00Z"),
-            (-1, "1969-12-31T23:59:59Z"),
-            (951_782_400, "2000-02-29T00:00:00Z"),
-            (1_735_689_599, "2024-12-31T23:59:59Z"),
-            (4_107_542_400, "2100-03-01T00:00:00Z"),
-            (-62_135_596_800, "0001-01-01T00:00:00Z"),
-        ] {
-            assert_eq!(time(Timestamp { seconds, nanos: 0 }, false), text);
-        }
-        assert_eq!(time(Timestamp { seconds: 1, nanos: 20 }, true), "1970-01-01T00:00:01.000000020Z");
-        time(Timestamp { seconds: i64::MIN, nanos: 0 }, false);
-        time(Timestamp { seconds: i64::MAX, nanos: 0 }, false);
+    fn times_are_told_to_the_nanosecond() {
+        assert_eq!(precise(Timestamp { seconds: 1, nanos: 20 }), "1970-01-01T00:00:01.000000020Z");
     }
 
     #[test]

@@ -7,7 +7,7 @@ use indicatif::HumanBytes;
 use super::{Context, daemon};
 use crate::chain::State;
 use crate::cli::args;
-use crate::cli::output;
+use crate::cli::output::{self, printable};
 use crate::control::{ForgetAsked, SeenImage, SnapshotsSeen};
 use crate::daemon::image::{self, House};
 use crate::daemon::ledger;
@@ -56,7 +56,7 @@ fn table(seen: &SnapshotsSeen) -> String {
         lines.push("there are no snapshots".to_owned());
     }
     for of in &seen.snapshots {
-        lines.push(printable(of.becomes.as_ref().unwrap_or(&of.key).as_str()));
+        lines.push(printable(of.becomes.as_ref().unwrap_or(&of.key).as_str()).into_owned());
         lines.push(format!(
             "  {:9}  {:7}  {:>10}  {}",
             of.kind.name(),
@@ -81,21 +81,5 @@ const fn state_name(state: State) -> &'static str {
         State::Waiting => "waiting",
         State::Lazy => "lazy",
         State::Local => "local",
-    }
-}
-
-/// Keys and labels are other people's words: nothing of them may act on a terminal.
-fn printable(text: &str) -> String {
-    text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::printable;
-
-    #[test]
-    fn foreign_words_do_not_act_on_a_terminal() {
-        assert_eq!(printable("k8s.io/1/ä b"), "k8s.io/1/ä b");
-        assert_eq!(printable("a\u{1b}[2Jb\nc"), "a\\u{1b}[2Jb\\nc");
     }
 }

@@ -15,7 +15,7 @@ use crate::daemon::examine::examine;
 use crate::daemon::host::layer_state;
 use crate::daemon::image::{Documents, House, absolute};
 use crate::model::{BlobDigest, DiffId};
-use crate::oci::{LayerKind, PlanError};
+use crate::oci::{Descriptor, LayerKind};
 
 /// An image as `inspect` shows it.
 #[derive(Debug, Serialize)]
@@ -23,7 +23,7 @@ struct Shown {
     image: String,
     manifest: BlobDigest,
     platform: String,
-    /// True if its layers are EROFS, so that it can be mounted.
+    /// True if all of its layers are EROFS, so that it can be mounted before it has arrived.
     mountable: bool,
     bytes_stored: u64,
     layers: Vec<Layer>,
@@ -61,7 +61,8 @@ pub(crate) fn inspect(context: &Context, arguments: &args::Inspect) -> anyhow::R
     let shown = runtime.block_on(async {
         let documents = house.documents(&absolute(&arguments.image)?, arguments.platform.as_ref()).await?;
         match documents.plan() {
-            Err(PlanError::Tar) => Ok(shown(&documents, |_| None)),
+            // Tars can be mounted too, but nothing is known of what they will become.
+            Err(_) if documents.layers().iter().any(is_tar) => Ok(shown(&documents, |_| None)),
             Err(error) => Err(error.into()),
             Ok(_) => {
                 let image = house.open_image(documents).await?;
@@ -90,6 +91,10 @@ pub(crate) fn inspect(context: &Context, arguments: &args::Inspect) -> anyhow::R
     Ok(ExitCode::SUCCESS)
 }
 
+fn is_tar(layer: &Descriptor) -> bool {
+    matches!(LayerKind::of(&layer.media_type), LayerKind::Tar(_))
+}
+
 fn shown(documents: &Documents, erofs: impl Fn(&BlobDigest) -> Option<Erofs>) -> Shown {
     let diff_ids = documents.config.diff_ids();
     let layers: Vec<Layer> = documents
@@ -108,7 +113,7 @@ fn shown(documents: &Documents, erofs: impl Fn(&BlobDigest) -> Option<Erofs>) ->
         image: documents.reference.to_string(),
         manifest: documents.digest,
         platform: documents.config.platform().to_string(),
-        mountable: layers.iter().all(|layer| matches!(LayerKind::of(&layer.media_type), LayerKind::Erofs { .. })),
+        mountable: documents.plan().is_ok(),
         bytes_stored: layers.iter().map(|layer| layer.bytes_stored).sum(),
         layers,
     }
@@ -128,7 +133,7 @@ fn text(shown: &Shown) -> String {
     ];
     if !shown.mountable {
         lines.push(
-            "mountable as a whole only: its layers are not EROFS; `headstart convert` makes an image that is"
+            "not lazy  all of it comes before it is mounted, since not all layers are EROFS: see `headstart convert`"
                 .to_owned(),
         );
     }

@@ -101,6 +101,8 @@ fn an_image_of_both_kinds_is_pulled_and_recorded() {
     let (_, converted) = stage.images(&tars);
     let image = stage.path("mixed");
     mix([&converted, &stage.path("source")], &image);
+    let told = stage.json(&["inspect", &reference(&image)]);
+    assert_eq!((told["layers"].as_array().unwrap().len(), &told["mountable"]), (3, &false.into()), "{told:#}");
     let pulled = stage.json(&["pull", &reference(&image)]);
     assert_eq!(pulled["layers"].as_array().unwrap().len(), 3);
     let seen = stage.json(&["snapshots"]);

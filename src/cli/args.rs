@@ -281,7 +281,8 @@ pub(crate) struct Wait {
 
 /// Make the cache smaller: remove layers that nobody uses, the least recently used first.
 ///
-/// Without --all as many go as the configured quota and reserve of free space ask for. What is mounted stays.
+/// Without --all as many go as the configured quota and reserve of free space ask for; if those that nobody uses are not
+/// enough, the daemon takes parts of layers in use as well, which come again when they are read.
 #[derive(Debug, Args)]
 pub(crate) struct Prune {
     /// Remove everything that nobody uses

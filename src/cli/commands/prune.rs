@@ -1,5 +1,5 @@
 //! `headstart prune`: by the daemon if there is one, since only whoever has an image open knows which of its chunks are
-//! needed. Without one whole images go; who uses one holds its lock.
+//! needed. Without one whole layers go; who uses one holds its lock.
 
 use std::process::ExitCode;
 
@@ -31,9 +31,9 @@ pub(crate) fn run(context: &Context, arguments: &args::Prune) -> anyhow::Result<
         output::line(&format!("{}  {}  {}", image.blob, image.anchor, HumanBytes(image.bytes)))?;
     }
     let done = if arguments.dry_run { "would be removed" } else { "removed" };
-    output::line(&format!("{} images {done}, {}", evicted.images.len(), HumanBytes(evicted.bytes)))?;
+    output::line(&format!("{} layers {done}, {}", evicted.images.len(), HumanBytes(evicted.bytes)))?;
     if chunks.chunks > 0 {
-        output::line(&format!("{} chunks of images in use {done}, {}", chunks.chunks, HumanBytes(chunks.bytes)))?;
+        output::line(&format!("{} chunks of layers in use {done}, {}", chunks.chunks, HumanBytes(chunks.bytes)))?;
     }
     Ok(ExitCode::SUCCESS)
 }

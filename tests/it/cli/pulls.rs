@@ -191,7 +191,7 @@ fn what_is_pruned_comes_again() {
     assert_eq!(stage.json(&["prune", "--all"])["images"].as_array().unwrap().len(), 0, "it is mounted");
     assert!(fs::read(mnt.join("a")).unwrap() == content);
     stage.ok(&["umount", mnt.to_str().unwrap()]);
-    assert!(stage.ok(&["prune"]).starts_with("0 images removed"), "there is no quota");
+    assert!(stage.ok(&["prune"]).starts_with("0 layers removed"), "there is no quota");
     let would = stage.json(&["prune", "--all", "--dry-run"]);
     let pruned = stage.json(&["prune", "--all"]);
     assert_eq!(

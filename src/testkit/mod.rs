@@ -10,3 +10,4 @@ pub mod registry;
 pub mod source;
 pub mod tar;
 pub mod tree;
+pub mod waiting;

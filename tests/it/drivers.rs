@@ -25,14 +25,13 @@ use headstart::testkit::layouts::{TestLayer, write_layout};
 use headstart::testkit::lazy::{LazyBytes, Reaction};
 use headstart::testkit::tar::{RawHeader, TarWriter};
 use headstart::testkit::tree::{Listing, pattern};
+use headstart::testkit::waiting::PATIENCE;
+pub(crate) use headstart::testkit::waiting::wait_until as eventually;
 use headstart::vfs::Purpose;
 use proptest::prelude::*;
 
 use crate::convert_image::converted;
 use crate::mounts::{lazy, mount, run};
-
-/// Longer than anything takes on a machine that has other things to do.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 fn diff_id(image: &[u8]) -> DiffId {
     DiffId(Digest::of(Algorithm::Sha256, image))
@@ -120,15 +119,6 @@ impl Stage {
     fn assert_clean(&self) {
         eventually("mounts or loop devices are left", || self.leftovers().is_empty());
         assert!(!self.path("run").exists());
-    }
-}
-
-#[track_caller]
-pub(crate) fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !condition() {
-        assert!(Instant::now() < deadline, "{what}");
-        thread::sleep(Duration::from_millis(5));
     }
 }
 

@@ -8,7 +8,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
-use std::time::Duration;
 
 use rustix::mount::{MountFlags, UnmountFlags};
 
@@ -18,14 +17,13 @@ use headstart::model::{Algorithm, DiffId, Digest, FileKind, Name, ReadAt};
 use headstart::testkit::images::{EntryWithContent, directory, file, hard_link, image_of, opaque, symlink, whiteout};
 use headstart::testkit::lazy::{LazyBytes, LazyLayer, Reaction};
 use headstart::testkit::tree::{Listing, pattern};
+use headstart::testkit::waiting::{PATIENCE, wait_until};
 use headstart::vfs::{
     Bring as _, Error, FileSystem as _, Forest, ForestError, ItemKind, Layer, LayerSlot, Purpose, ROOT_INO,
     SnapshotSlot, open_layers,
 };
 
 use crate::mounts::{mount, run};
-
-const LONG: Duration = Duration::from_secs(60);
 
 /// A layer: its diffID and its bytes.
 pub(crate) struct Made {
@@ -171,7 +169,7 @@ fn a_layer_as_it_is_shows_what_kernel_erofs_shows() {
         judged.assert_equals(&Listing::of_directory(&raw).unwrap());
         drop(mounted);
         served.forest.remove_layer(slot).unwrap();
-        assert!(served.server.settle(LONG));
+        assert!(served.server.settle(PATIENCE));
         assert!(!raw.exists());
         served.server.drop_unused().unwrap();
         wait_until("the layer is gone", || !served.forest.has_layer(slot));
@@ -234,7 +232,7 @@ fn what_is_removed_is_gone_and_what_is_used_stays() {
     for slot in &slots {
         served.forest.remove_layer(*slot).unwrap();
     }
-    assert!(served.server.settle(LONG));
+    assert!(served.server.settle(PATIENCE));
     for name in ["snapshots", "layers"] {
         assert_eq!(fs::read_dir(served.dir.path().join(name)).unwrap().count(), 0, "{name}");
     }
@@ -311,17 +309,8 @@ fn a_snapshot_that_is_cut_is_stale() {
         assert!(!served.forest.has_layer(slot));
         assert!(served.layer(made) != slot);
     }
-    assert!(served.server.settle(LONG));
+    assert!(served.server.settle(PATIENCE));
     assert!(!served.tree("one").exists());
-}
-
-#[track_caller]
-fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
-    let deadline = std::time::Instant::now() + LONG;
-    while !condition() {
-        assert!(std::time::Instant::now() < deadline, "{what}");
-        thread::yield_now();
-    }
 }
 
 #[test]
@@ -335,7 +324,7 @@ fn names_that_come_later_are_found() {
     served.snapshot("late", &[slot]);
     assert!(served.tree("late").join("bin/tool").exists());
     assert!(served.image(&layers[0]).exists());
-    assert!(served.server.settle(LONG));
+    assert!(served.server.settle(PATIENCE));
     assert_eq!(fs::read_dir(served.dir.path().join("snapshots")).unwrap().count(), 1);
     let told = rustix::fs::statvfs(served.tree("late")).unwrap();
     assert_eq!(told.f_frsize * told.f_blocks, fs::metadata(served.image(&layers[0])).unwrap().len());
@@ -380,7 +369,7 @@ fn a_removal_waits_for_nobody_who_waits_for_bytes() {
     for slot in slots {
         served.forest.remove_layer(slot).unwrap();
     }
-    assert!(served.server.settle(LONG));
+    assert!(served.server.settle(PATIENCE));
     assert!(!served.tree("one").exists());
     assert!(!reader.is_finished() && !raw.is_finished());
     // What was asked for is answered all the same.
@@ -435,7 +424,7 @@ fn snapshots_come_and_go_under_their_readers() {
         over.store(true, Ordering::Relaxed);
     });
     served.forest.remove_layer(held).unwrap();
-    assert!(served.server.settle(LONG));
+    assert!(served.server.settle(PATIENCE));
     served.server.drop_unused().unwrap();
     for made in [lower, upper] {
         wait_until("nothing is left", || Arc::strong_count(&made.bytes) == 1);

@@ -12,6 +12,7 @@ use axum::extract::{RawQuery, State};
 use base64::Engine as _;
 use headstart::oci::{Platform, Reference};
 use headstart::registry::{Client, ClientConfig, CredentialConfig, Credentials, Patience, Pushed, Secret, Upload};
+use headstart::testkit::waiting::{PATIENCE, until};
 use headstart::transport::{TransportError, Transports};
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -55,7 +56,7 @@ impl Process {
 
     /// Waits until it listens. False if it ended, for example because somebody took the port.
     fn listens(&mut self, port: u16) -> bool {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + PATIENCE;
         while TcpStream::connect(("127.0.0.1", port)).is_err() {
             if self.child.try_wait().unwrap().is_some() {
                 return false;
@@ -199,11 +200,7 @@ async fn ranges_are_ranges_and_missing_tags_are_missing() {
     assert_eq!(pieces.concat(), tiny.layers[1][1000..5000]);
     // Combined log format: "GET /v2/…" status length.
     let line = format!("\"GET /v2/app/blobs/{} HTTP/1.1\" 206 4000 ", layer.digest);
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while !registry.log().contains(&line) {
-        assert!(Instant::now() < deadline, "no {line} in {}", registry.log());
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    until(&format!("{line} in the log"), || registry.log().contains(&line)).await;
 
     let missing = transports.open(&reference(&format!("{}/app:v2", registry.host()))).await.unwrap();
     let error = missing.top().await.unwrap_err().to_string();

@@ -10,7 +10,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
 
 use headstart::chain::LayerId;
 use headstart::drivers::{KernelMounts, LayerBacking, Presented, RunDirectory};
@@ -20,14 +19,13 @@ use headstart::sys::descriptors::{packet_pair, receive, send};
 use headstart::sys::fuse::is_connected;
 use headstart::sys::mount::{Unmount, unmount};
 use headstart::testkit::lazy::{LazyBytes, LazyLayer, Reaction};
+use headstart::testkit::waiting::PATIENCE;
 use headstart::vfs::{Forest, LayerSlot, SnapshotSlot, open_layers};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::cli::stage::{Registry, Stage, tar};
 use crate::daemon::Daemon;
 use crate::drivers::{Readers, contents, eventually, layer_of};
-
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The files of a layer, which are the same in every process.
 fn files(layer: u8) -> BTreeMap<String, Vec<u8>> {

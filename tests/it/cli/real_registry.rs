@@ -3,7 +3,6 @@
 
 use std::fs;
 use std::path::Path;
-use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use headstart::model::BlobDigest;
@@ -16,7 +15,7 @@ use proptest::test_runner::TestRunner;
 use serde_json::Value;
 
 use super::bad_input::assert_told;
-use super::stage::{Stage, noise, reference, tar};
+use super::stage::{Stage, noise, reference, tar, wait_until};
 use crate::layers::unpacked_by_umoci;
 use crate::registry_real::{Registry, certificates, htpasswd, nginx};
 use crate::transport::skopeo;
@@ -43,15 +42,8 @@ fn reads(log: &str) -> Vec<Read> {
 
 /// The log as soon as it tells of `path`, which was asked for after everything that matters.
 fn log_with(registry: &Registry, path: &str) -> String {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    loop {
-        let log = registry.log();
-        if log.contains(path) {
-            return log;
-        }
-        assert!(Instant::now() < deadline, "no {path} in {log}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    wait_until(&format!("{path} in the log"), || registry.log().contains(path));
+    registry.log()
 }
 
 fn plain(listing: Listing) -> Listing {

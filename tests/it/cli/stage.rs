@@ -4,7 +4,6 @@ use std::fs;
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
 
 use headstart::model::{EntryKind, LayerEntry, Metadata, RelPath, Timestamp};
 use headstart::sys::loopdev::loop_devices;
@@ -12,11 +11,9 @@ use headstart::sys::mount::{Unmount, mount_table, unmount};
 use headstart::tar::decompress::Compression;
 use headstart::testkit::layouts::{TestLayer, TestLayout, write_layout};
 use headstart::testkit::tar::TarWriter;
+pub(crate) use headstart::testkit::waiting::wait_until;
 use serde_json::Value;
 use tempfile::TempDir;
-
-/// Longest time anything here may take that happens in other processes.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A directory with a root in it. Everything that is mounted below goes with it.
 pub(crate) struct Stage {
@@ -241,16 +238,6 @@ impl Drop for Registry {
         // It may have ended already.
         self.child.kill().ok();
         self.child.wait().ok();
-    }
-}
-
-/// Waits until `done`, or fails with `what`.
-#[track_caller]
-pub(crate) fn wait_until(what: &str, done: impl Fn() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !done() {
-        assert!(Instant::now() < deadline, "{what} did not happen");
-        std::thread::sleep(Duration::from_millis(5));
     }
 }
 

@@ -3,7 +3,6 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use axum::body::{Body, Bytes};
 use axum::extract::State;
@@ -12,6 +11,7 @@ use axum::response::{IntoResponse as _, Response};
 use base64::Engine as _;
 use futures::StreamExt as _;
 use headstart::registry::{ClusterSecrets, CredentialConfig};
+use headstart::testkit::waiting::until;
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::UnboundedReceiverStream;
@@ -195,14 +195,6 @@ fn kubeconfig(directory: &Path, cluster: &Value, user: &Value) -> PathBuf {
     });
     std::fs::write(&path, text.to_string()).unwrap();
     path
-}
-
-async fn until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let deadline = tokio::time::Instant::now() + Duration::from_secs(60);
-    while !is_so() {
-        assert!(tokio::time::Instant::now() < deadline, "not within a minute: {what}");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
 }
 
 struct Following {

@@ -1,6 +1,7 @@
 //! Chunks that go to make room, under readers and fills.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use headstart::chunked::Compression;
 use headstart::fetch::{FetchConfig, LayerState, Standing};

@@ -1,6 +1,7 @@
 //! Layers brought to local in the background, by the room `unpack`.
 
 use std::sync::mpsc::channel;
+use std::time::Duration;
 
 use headstart::chunked::Compression;
 use headstart::fetch::{FetchConfig, LayerState, Standing};

@@ -9,17 +9,14 @@ mod streams;
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use headstart::fetch::{Cause, FetchConfig, FetchError, Fetcher, LayerImage};
 use headstart::model::{ByteRange, ReadAt, ReadAtError};
 use headstart::store::Store;
 use headstart::testkit::source::{Scripted, ScriptedSource, TestLayer};
+use headstart::testkit::waiting::{PATIENCE, wait_until as until};
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
-
-/// Longest time anything here may take before a test gives up.
-const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A fetcher over a store and a scripted source.
 struct Stage {
@@ -87,14 +84,6 @@ fn read(layer: &Arc<LayerImage>, start: u64, len: usize) -> Result<Vec<u8>, Arc<
             }
             Err(error) => panic!("{error:?}"),
         }
-    }
-}
-
-fn until(what: &str, mut condition: impl FnMut() -> bool) {
-    let deadline = std::time::Instant::now() + PATIENCE;
-    while !condition() {
-        assert!(std::time::Instant::now() < deadline, "never: {what}");
-        std::thread::yield_now();
     }
 }
 

@@ -1,6 +1,7 @@
 //! Blobs from start to end, as tar layers come.
 
 use std::io::{self, Read as _};
+use std::time::Duration;
 
 use headstart::chunked::Compression;
 use headstart::fetch::{BlobStream, FetchConfig};

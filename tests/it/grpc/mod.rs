@@ -32,15 +32,13 @@ use headstart::store::Store;
 use headstart::sys::mount::{Unmount, unmount};
 use headstart::sys::stack::{OverlayMount, mount_bind, mount_overlay};
 use headstart::testkit::source::{Scripted, ScriptedSource, TestLayer};
+use headstart::testkit::waiting::PATIENCE;
 use rustix::mount::MountFlags;
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 use tokio::sync::oneshot;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
-
-/// Longest time that a call may take here.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A server over a root of its own, and a client of it.
 struct Stage {

@@ -14,6 +14,7 @@ use headstart::model::{Algorithm, BlobDigest, ChainId, DiffId, Digest, IndexDige
 use headstart::oci::labels::SNAPSHOT_REF;
 use headstart::snapshots::LayerSpec;
 use headstart::store::Anchor;
+use headstart::testkit::waiting::wait_until;
 use tonic::Code;
 
 use super::{PATIENCE, ROOT_LABEL, Stage, assert_code};
@@ -465,13 +466,4 @@ fn a_layer_of_another_blob_is_another_layer() {
     assert_eq!(snapshots.layers().len(), 2);
     // Neither is shown by anybody: containers that would stand on them fail, and nothing else does.
     assert_code(stage.mounts("a"), Code::Unavailable);
-}
-
-#[track_caller]
-fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !condition() {
-        assert!(Instant::now() < deadline, "never: {what}");
-        std::thread::yield_now();
-    }
 }

@@ -4,54 +4,30 @@
 //! authentication (it is its own token server), can stand in for an object store (`/store/DIGEST`), follows a script of
 //! faults, and writes down every request.
 
+mod door;
+mod faults;
+
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
 
 use axum::body::{Body, Bytes};
 use axum::extract::{Request, State};
-use axum::http::header::{CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, LOCATION, RANGE, WWW_AUTHENTICATE};
+use axum::http::header::{CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, LOCATION, RANGE};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use axum::response::Response;
-use base64::Engine as _;
 use futures::StreamExt as _;
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::model::{Algorithm, BlobDigest, Digest};
 
-/// What goes wrong with a request.
-#[derive(Debug, Clone)]
-pub enum Fault {
-    /// This status, with these headers and no body.
-    Status(u16, Vec<(&'static str, String)>),
-    /// This status, with this body.
-    Body(u16, String),
-    /// The range is ignored: 200 and everything.
-    IgnoreRange,
-    /// The connection ends after this many bytes of the body.
-    Cut(usize),
-    /// One byte of the body is another.
-    Corrupt,
-    /// `Content-Range` says this.
-    ContentRange(&'static str),
-    /// Only this many bytes of the range are sent, and said so.
-    Short(usize),
-    /// 307 to `BASE/store/DIGEST?sig=secret`.
-    Redirect(String),
-    /// Bytes come one at a time with this pause between them.
-    Trickle(Duration),
-    /// No answer at all.
-    Hang,
-    /// The connection ends while the request's body is still being sent.
-    DropUpload(usize),
-    /// An answer without this header.
-    Without(HeaderName),
-    /// An answer with this header changed.
-    With(HeaderName, String),
-}
+pub use door::Door;
+pub use faults::Fault;
+
+use door::{give_token, keep_out};
+use faults::spoil;
 
 /// A fault and when it happens.
 struct Rule {
@@ -59,31 +35,6 @@ struct Rule {
     path: String,
     fault: Fault,
     left: usize,
-}
-
-/// Who is let in.
-#[derive(Debug, Clone)]
-pub enum Door {
-    /// Everybody.
-    Open,
-    /// Who knows the password.
-    Basic {
-        /// User.
-        user: String,
-        /// Password.
-        password: String,
-    },
-    /// Who brings a token of ours.
-    Bearer {
-        /// Who gets one: anybody, or who knows this user and password.
-        login: Option<(String, String)>,
-        /// Or who posts this identity token.
-        identity: Option<String>,
-        /// What a token is said to live, in seconds.
-        expires_in: Option<u64>,
-        /// Where tokens are given out, if not here.
-        realm: Option<String>,
-    },
 }
 
 /// A request as it came.
@@ -355,141 +306,11 @@ async fn handle(State(shared): State<Arc<Shared>>, request: Request) -> Response
     }
 }
 
-/// Changes a good answer.
-async fn spoil(mut response: Response, fault: Fault) -> Response {
-    match fault {
-        Fault::Without(name) => {
-            response.headers_mut().remove(name);
-            return response;
-        }
-        Fault::With(name, value) => {
-            response.headers_mut().insert(name, value.parse().expect("scripts name real header values"));
-            return response;
-        }
-        Fault::ContentRange(value) => {
-            response.headers_mut().insert(CONTENT_RANGE, HeaderValue::from_static(value));
-            return response;
-        }
-        _ => {}
-    }
-    let (parts, body) = response.into_parts();
-    let bytes = axum::body::to_bytes(body, usize::MAX).await.unwrap_or_default();
-    let length = bytes.len();
-    let body = match fault {
-        Fault::Corrupt => {
-            let mut bytes = bytes.to_vec();
-            if let Some(byte) = bytes.get_mut(length / 2) {
-                *byte ^= 0xff;
-            }
-            Body::from(bytes)
-        }
-        Fault::Cut(after) => {
-            let head = bytes.slice(..after.min(length));
-            let pieces = [Ok(head), Err(io::Error::other("scripted"))];
-            // A pause lets the head leave before the connection ends.
-            Body::from_stream(futures::stream::iter(pieces).then(|piece| async {
-                if piece.is_err() {
-                    tokio::time::sleep(Duration::from_millis(20)).await;
-                }
-                piece
-            }))
-        }
-        Fault::Trickle(pause) => {
-            let pieces = (0..length).map(move |at| bytes.slice(at..=at));
-            Body::from_stream(futures::stream::iter(pieces).then(move |piece| async move {
-                tokio::time::sleep(pause).await;
-                Ok::<_, io::Error>(piece)
-            }))
-        }
-        _ => Body::from(bytes),
-    };
-    let mut response = Response::from_parts(parts, body);
-    response.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from(length));
-    if let Fault::Short(count) = fault {
-        return shorten(response, count).await;
-    }
-    response
-}
-
-async fn shorten(response: Response, count: usize) -> Response {
-    let (mut parts, body) = response.into_parts();
-    let bytes = axum::body::to_bytes(body, usize::MAX).await.unwrap_or_default();
-    let count = count.min(bytes.len());
-    let old = parts.headers.get(CONTENT_RANGE).and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned();
-    if let Some((start, rest)) = old.strip_prefix("bytes ").and_then(|old| old.split_once('-'))
-        && let (Ok(start), Some((_, total))) = (start.parse::<usize>(), rest.split_once('/'))
-    {
-        let range = format!("bytes {start}-{}/{total}", start + count - 1);
-        parts.headers.insert(CONTENT_RANGE, range.parse().expect("digits make a header"));
-    }
-    parts.headers.insert(CONTENT_LENGTH, HeaderValue::from(count));
-    Response::from_parts(parts, Body::from(bytes.slice(..count)))
-}
-
-fn basic(user: &str, password: &str) -> String {
-    format!("Basic {}", base64::engine::general_purpose::STANDARD.encode(format!("{user}:{password}")))
-}
-
 /// The repository of an API path.
 fn repository_of(path: &str) -> Option<&str> {
     let rest = path.strip_prefix("/v2/")?;
     let end = ["/blobs/", "/manifests/"].iter().filter_map(|part| rest.find(part)).min()?;
     rest.get(..end)
-}
-
-fn keep_out(shared: &Shared, seen: &Seen) -> Option<Response> {
-    let brought = seen.header("authorization").unwrap_or_default().to_owned();
-    match &*lock(&shared.door) {
-        Door::Open => None,
-        Door::Basic { user, password } => {
-            let wanted = (WWW_AUTHENTICATE, "Basic realm=\"test\"".to_owned());
-            (brought != basic(user, password)).then(|| answer(401, &[wanted], Body::empty()))
-        }
-        Door::Bearer { realm, .. } => {
-            let repository = repository_of(&seen.path).unwrap_or_default();
-            let writes = !matches!(seen.method, Method::GET | Method::HEAD);
-            let needed = format!("repository:{repository}:{}", if writes { "pull,push" } else { "pull" });
-            let content = lock(&shared.content);
-            let granted = brought.strip_prefix("Bearer ").and_then(|token| content.tokens.get(token));
-            let covers = |granted: &String| {
-                granted.split(' ').any(|one| one == needed || one == format!("repository:{repository}:pull,push"))
-            };
-            if granted.is_some_and(covers) {
-                return None;
-            }
-            let realm = realm.clone().unwrap_or_else(|| format!("http://{}/token", shared.address));
-            let wanted = format!("Bearer realm=\"{realm}\",service=\"test\",scope=\"{needed}\"");
-            Some(answer(401, &[(WWW_AUTHENTICATE, wanted)], Body::empty()))
-        }
-    }
-}
-
-fn give_token(shared: &Shared, seen: &Seen, body: &[u8]) -> Response {
-    let door = lock(&shared.door).clone();
-    let Door::Bearer { login, identity, expires_in, .. } = door else { return refuse(404, "UNSUPPORTED") };
-    let text =
-        if seen.method == Method::POST { String::from_utf8_lossy(body).into_owned() } else { seen.query.clone() };
-    let pairs: Vec<(String, String)> =
-        url::form_urlencoded::parse(text.as_bytes()).map(|(n, v)| (n.into_owned(), v.into_owned())).collect();
-    let all = |name: &str| pairs.iter().filter(|(n, _)| n == name).map(|(_, v)| v.clone()).collect::<Vec<_>>();
-    let welcome = if seen.method == Method::POST {
-        identity.is_some() && all("refresh_token").first() == identity.as_ref()
-    } else {
-        login.is_none_or(|(user, password)| seen.header("authorization") == Some(basic(&user, &password).as_str()))
-    };
-    if !welcome || all("service") != ["test"] {
-        return refuse(401, "UNAUTHORIZED");
-    }
-    let mut content = lock(&shared.content);
-    content.issued += 1;
-    let token = format!("secret-token-{}-{}", shared.address.port(), content.issued);
-    content.tokens.insert(token.clone(), all("scope").join(" "));
-    let key = if seen.method == Method::POST { "access_token" } else { "token" };
-    let mut body = serde_json::json!({ key: token });
-    if let Some(seconds) = expires_in {
-        body["expires_in"] = seconds.into();
-    }
-    answer(200, &[(CONTENT_TYPE, "application/json".to_owned())], body.to_string())
 }
 
 fn route(shared: &Shared, seen: &Seen, body: Bytes, ignore_range: bool) -> Response {

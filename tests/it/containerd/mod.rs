@@ -6,6 +6,7 @@
 
 mod advice;
 mod applied;
+mod container;
 mod cri;
 mod image;
 mod lazy;

@@ -1,8 +1,12 @@
 //! Plans as tables: descriptors in, layers or the fault's words out.
 
 use super::*;
+use crate::chunked::{Framing, IndexFamily, MAX_INDEX_SIZE};
+use crate::model::Algorithm;
 use crate::oci::erofs::{
-    CONTAINERD_LAYER_ZSTD, EROFS_LAYER, EROFS_LAYER_ZSTD, Form, index_descriptor, layer_descriptor, layer_role,
+    CHUNK_INDEX, CONTAINERD_LAYER_ZSTD, EROFS_LAYER, EROFS_LAYER_ZSTD, Form, INDEX_DIGEST, INDEX_MEDIA_TYPE,
+    INDEX_RANGE, INDEX_TARGET, PR_TABLE_DIGEST, PR_TABLE_OFFSET, PR_VERITY, VERITY_BLOCK_SIZE, VERITY_HASH_OFFSET,
+    VERITY_ROOT_DIGEST, index_descriptor, layer_descriptor, layer_role,
 };
 use crate::oci::media;
 use crate::{chunked::BlobAssembler, chunked::compress_chunk};

@@ -11,6 +11,7 @@ mod convert_layer;
 mod credentials;
 mod daemon;
 mod differ;
+mod docs;
 mod drivers;
 mod erofs_abuse;
 mod erofs_reader;

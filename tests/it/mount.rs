@@ -1,12 +1,14 @@
 //! What a mount promises (`docs/semantics.md`), one test a promise. Needs root, /dev/fuse, fusermount3 and setpriv.
 
+mod processes;
+
 use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read as _};
+use std::io;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdout, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread;
@@ -25,6 +27,7 @@ use headstart::testkit::images::{
 };
 use headstart::testkit::lazy::{LazyBytes, Reaction};
 use headstart::testkit::tree::pattern;
+use headstart::testkit::waiting::{PATIENCE, wait_until as eventually};
 use headstart::vfs::Purpose;
 
 use crate::mounts::{Kernel, mount, open, run};
@@ -75,16 +78,6 @@ fn as_nobody(program: &Path, arguments: &[&str]) -> std::process::Output {
 
 fn errno(error: &io::Error) -> Option<Errno> {
     Errno::from_io_error(error)
-}
-
-/// Waits until `condition` holds.
-#[track_caller]
-fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while !condition() {
-        assert!(Instant::now() < deadline, "{what}");
-        thread::yield_now();
-    }
 }
 
 #[test]
@@ -472,7 +465,7 @@ fn unmounting_from_outside_ends_the_session() {
     let target = dir();
     let server = mount(std::slice::from_ref(&layer), target.path());
     run("umount", &[target.path().to_str().unwrap()]);
-    assert!(server.wait_for(Duration::from_secs(60)));
+    assert!(server.wait_for(PATIENCE));
     server.unmount(Unmount::Strict).unwrap();
     // A file that is open keeps a mount, and survives a lazy unmount.
     let server = mount(std::slice::from_ref(&layer), target.path());
@@ -485,7 +478,7 @@ fn unmounting_from_outside_ends_the_session() {
     open.read_exact_at(&mut byte, 0).unwrap();
     assert_eq!(byte, *b"x");
     drop(open);
-    assert!(server.wait_for(Duration::from_secs(60)));
+    assert!(server.wait_for(PATIENCE));
 }
 
 /// A reader on its way, and what it will have read.
@@ -518,7 +511,7 @@ fn unmounting_answers_those_who_wait() {
     layer.script(|_, _| Reaction::Now);
     layer.release();
     assert_eq!(reader.join().unwrap(), Ok(pattern(10_000)));
-    assert!(server.wait_for(Duration::from_secs(60)));
+    assert!(server.wait_for(PATIENCE));
 }
 
 #[test]
@@ -542,106 +535,6 @@ fn bad_mount_points_are_refused() {
     }
     drop(server);
     assert_eq!(check_mount_point(&place).unwrap(), place.canonicalize().unwrap());
-}
-
-/// A process that serves a file as a mount.
-struct Serving {
-    child: Child,
-    _dir: tempfile::TempDir,
-    _stdout: ChildStdout,
-    target: PathBuf,
-}
-
-impl Serving {
-    /// Starts it, as another user if one is given, and waits until the mount is there.
-    fn start(entries: &[EntryWithContent], user: Option<u32>) -> Self {
-        let dir = dir();
-        let target = dir.path().join("mount");
-        fs::create_dir(&target).unwrap();
-        fs::write(dir.path().join("image"), image(entries)).unwrap();
-        // The user may not be able to reach where this program lies.
-        let program = dir.path().join("program");
-        fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
-        let mut command = match user {
-            None => Command::new(&program),
-            Some(id) => {
-                std::os::unix::fs::chown(&target, Some(id), Some(id)).unwrap();
-                let id = id.to_string();
-                let mut command = Command::new("setpriv");
-                command.args(["--reuid", &id, "--regid", &id, "--clear-groups", "--"]).arg(&program);
-                command
-            }
-        };
-        let mut child = command
-            .args(["--exact", "mount::serves_for_another_test", "--ignored", "--nocapture"])
-            .env("SERVE_IMAGE", dir.path().join("image"))
-            .env("SERVE_ON", &target)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut said = String::new();
-        let mut stdout = child.stdout.take().unwrap();
-        while !said.contains("ready") {
-            let mut byte = [0];
-            assert_eq!(stdout.read(&mut byte).unwrap(), 1, "the server ended: {said}");
-            said.push(char::from(byte[0]));
-        }
-        Self { child, _dir: dir, _stdout: stdout, target }
-    }
-}
-
-impl Drop for Serving {
-    fn drop(&mut self) {
-        drop(self.child.kill());
-        self.child.wait().unwrap();
-        drop(unmount(&self.target, Unmount::Lazy));
-    }
-}
-
-#[test]
-#[ignore = "a server that other tests start as another process"]
-fn serves_for_another_test() {
-    let image = fs::read(std::env::var_os("SERVE_IMAGE").unwrap()).unwrap();
-    let target = PathBuf::from(std::env::var_os("SERVE_ON").unwrap());
-    let server = mount(&[LazyBytes::new(image, 1 << 16)], &target);
-    println!("ready");
-    server.wait();
-}
-
-#[test]
-fn a_dead_server_is_noticed_and_its_mount_can_be_removed() {
-    let mut serving = Serving::start(&[file("a", b"x")], None);
-    assert_eq!(fs::read(serving.target.join("a")).unwrap(), b"x");
-    serving.child.kill().unwrap();
-    serving.child.wait().unwrap();
-    assert_eq!(errno(&fs::metadata(serving.target.join("b")).unwrap_err()), Some(Errno::NOTCONN));
-    assert!(matches!(check_mount_point(&serving.target), Err(MountError::Stale(_))));
-    unmount(&serving.target, Unmount::Strict).unwrap();
-    check_mount_point(&serving.target).unwrap();
-}
-
-#[test]
-fn an_ordinary_user_mounts_for_themselves() {
-    // As udev leaves it wherever there is udev.
-    fs::set_permissions("/dev/fuse", fs::Permissions::from_mode(0o666)).unwrap();
-    let entries = [owned("public", b"p", 0o644, 0), owned("secret", b"s", 0o600, 0), owned("suid", b"", 0o4755, 0)];
-    let mut serving = Serving::start(&entries, Some(NOBODY));
-    let text = |name: &str| {
-        let path = serving.target.join(name);
-        String::from_utf8(as_nobody(Path::new("cat"), &[path.to_str().unwrap()]).stdout).unwrap()
-    };
-    // Whoever could download the image may read all of it.
-    assert_eq!((text("public").as_str(), text("secret").as_str()), ("p", "s"));
-    let entry = headstart::sys::mount::mounted_on(&serving.target).unwrap().unwrap();
-    for option in ["ro", "nosuid", "nodev"] {
-        assert!(entry.options.split(',').any(|word| word == option), "{option} in {}", entry.options);
-    }
-    // Nobody else may, not even root.
-    assert_eq!(errno(&fs::read(serving.target.join("public")).unwrap_err()), Some(Errno::ACCESS));
-    let removed = as_nobody(Path::new("fusermount3"), &["-u", serving.target.to_str().unwrap()]);
-    assert!(removed.status.success());
-    assert!(serving.child.wait().unwrap().success(), "the server ends by itself");
 }
 
 #[test]
@@ -670,7 +563,7 @@ fn a_writable_overlay_keeps_what_is_written() {
         assert!(!server.is_over());
         assert_eq!(fs::read(merged.join("bin/moved")).unwrap().len(), 300_000);
         unmount(&merged, Unmount::Lazy).unwrap();
-        assert!(server.wait_for(Duration::from_secs(60)));
+        assert!(server.wait_for(PATIENCE));
     }
 }
 
@@ -692,35 +585,4 @@ fn many_readers_at_once_get_the_right_bytes() {
     }
     drop(send);
     assert!(results.iter().all(|right| right));
-}
-
-#[test]
-fn every_promise_names_its_test() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let page = fs::read_to_string(root.join("docs/semantics.md")).unwrap();
-    for promise in page.split("\n\n").filter(|paragraph| paragraph.starts_with("**")) {
-        let rooms = [
-            "cli",
-            "daemon",
-            "drivers",
-            "fetch",
-            "forest",
-            "lazy",
-            "mount",
-            "mount_judge",
-            "overlay_judge",
-            "restart",
-            "shelf",
-            "takeover",
-        ];
-        let named = promise.split('`').filter_map(|word| word.rsplit_once("::"));
-        let tests: Vec<(&str, &str)> =
-            named.filter(|(module, _)| module.split("::").next().is_some_and(|room| rooms.contains(&room))).collect();
-        assert!(!tests.is_empty(), "nothing holds this: {promise}");
-        for (module, name) in tests {
-            let file = format!("tests/it/{}.rs", module.replace("::", "/"));
-            let text = fs::read_to_string(root.join(&file)).unwrap_or_else(|error| panic!("{file}: {error}"));
-            assert!(text.contains(&format!("fn {name}(")), "there is no test {module}::{name}");
-        }
-    }
 }

@@ -19,10 +19,11 @@ use futures::future::BoxFuture;
 use tokio::sync::mpsc;
 use tonic::transport::Channel;
 
+use super::Node;
 use super::layers::{Asked, Layers, Offer};
-use super::{Node, spec};
 use crate::chain::{Chain, Content, Kind, Labels, Layer, Snapshot};
 use crate::convert::below::{Below, LayerBelow};
+use crate::daemon::recorder::spec;
 use crate::fetch::{Fetcher, LayerImage};
 use crate::grpc::{self, Differ, DifferError, Given, Order, Uncompressed, async_trait};
 use crate::model::{Algorithm, BlobDigest, ChainId, Digest};

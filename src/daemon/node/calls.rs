@@ -20,10 +20,11 @@ pub(super) const REMAPPED: &str = "headstart.remapped";
 const REMAP_SUFFIX: &str = "-remap";
 
 impl Inner {
-    fn commit(&self, name: &str, key: &str, parent: &str, mut labels: Labels) -> Result<(), SnapshotterError> {
-        if let Ok(active) = self.snapshots.stat(key) {
-            labels.extend(active.labels.into_iter().filter(|(label, _)| label.starts_with(OWN_LABELS)));
-        }
+    fn commit(&self, name: &str, key: &str, parent: &str, labels: Labels) -> Result<(), SnapshotterError> {
+        let mut labels = match self.snapshots.stat(key) {
+            Ok(active) => with_own(labels, active.labels),
+            Err(_) => with_own(labels, Labels::new()),
+        };
         if is_remap(name, key) {
             labels.insert(REMAPPED.to_owned(), "containerd".to_owned());
         }
@@ -53,6 +54,20 @@ impl Inner {
         }
         Ok(is_ours)
     }
+
+    fn update(&self, key: &str, labels: Labels, fields: Vec<String>) -> Result<Snapshot, SnapshotterError> {
+        let known = self.snapshots.stat(key)?.labels;
+        Ok(self.snapshots.update(key, with_own(labels, known), fields)?)
+    }
+}
+
+/// What containerd says, and of what is noted already what is this program's own. containerd passes on only labels that it
+/// knows, so it would lose the others; and nobody else sets them.
+fn with_own(mut said: Labels, noted: Labels) -> Labels {
+    let is_own = |label: &str| label.starts_with(OWN_LABELS);
+    said.retain(|label, _| !is_own(label));
+    said.extend(noted.into_iter().filter(|(label, _)| is_own(label)));
+    said
 }
 
 /// True if containerd commits a snapshot in which it changed the ids of files. Both are `NAMESPACE/NUMBER/NAME`.
@@ -64,6 +79,7 @@ fn is_remap(name: &str, key: &str) -> bool {
 #[async_trait]
 impl Snapshotter for Node {
     async fn prepare(&self, key: String, parent: String, labels: Labels) -> Result<Prepared, SnapshotterError> {
+        let labels = with_own(labels, Labels::new());
         if mounts::is_extraction(&labels) {
             let below = Key::optional(&parent).map_err(SnapshotsError::from)?;
             let asked = Asked { key: key.clone(), parent: below, labels: labels.clone() };
@@ -89,6 +105,7 @@ impl Snapshotter for Node {
     }
 
     async fn view(&self, key: String, parent: String, labels: Labels) -> Result<Vec<Mount>, SnapshotterError> {
+        let labels = with_own(labels, Labels::new());
         self.make(key, move |snapshots, key| snapshots.view(key, &parent, labels)).await
     }
 
@@ -133,7 +150,7 @@ impl Snapshotter for Node {
     }
 
     async fn update(&self, key: String, labels: Labels, fields: Vec<String>) -> Result<Snapshot, SnapshotterError> {
-        self.blocking(move |inner| Ok(inner.snapshots.update(&key, labels, fields)?)).await
+        self.blocking(move |inner| inner.update(&key, labels, fields)).await
     }
 
     async fn list(&self, filters: Vec<String>) -> Result<Vec<Snapshot>, SnapshotterError> {

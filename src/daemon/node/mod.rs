@@ -36,11 +36,12 @@ use tokio::sync::Notify;
 use crate::chain::{Content, Kind, Layer, LayerSlot, Owner, Snapshot};
 use crate::grpc::{Mount, SnapshotterError};
 use crate::snapshots::{Lower, Snapshots, SnapshotsError, Stack};
+use crate::sys::FileError;
 use crate::unpack::FillOptions;
 
 use layers::{Layers, Shelves};
 use links::Links;
-use mounts::{GID_MAPPING, Kernel, UID_MAPPING};
+use mounts::{Kernel, Mapping, Unmappable};
 use showing::Shown;
 
 /// How much of a file system a container may write. Nothing here can hold it to that.
@@ -268,17 +269,16 @@ impl Inner {
         if mounts::are_long(own, &lowers) {
             lowers = lowers.into_iter().map(|lower| self.links.short(lower)).collect();
         }
-        Ok(mounts::mounts(stack, &lowers, self.is_mapped(stack), self.kernel))
+        let mapping = mapping_of(&stack.snapshot)?;
+        // containerd may have changed the ids itself.
+        let mapping = if mapping.is_empty() || self.is_remapped(stack) { Mapping::default() } else { mapping };
+        Ok(mounts::mounts(stack, &lowers, mapping, self.kernel))
     }
 
-    /// True if the kernel is to map the ids of the files, because containerd has not changed them.
-    fn is_mapped(&self, stack: &Stack) -> bool {
-        let asked = [UID_MAPPING, GID_MAPPING].iter().any(|label| stack.snapshot.labels.contains_key(*label));
-        let remapped = || {
-            let parent = stack.snapshot.parent.as_ref()?;
-            Some(self.snapshots.stat(parent.as_str()).ok()?.labels.contains_key(calls::REMAPPED))
-        };
-        asked && remapped() != Some(true)
+    /// True if containerd gave the files below to the ids of a user namespace.
+    fn is_remapped(&self, stack: &Stack) -> bool {
+        let parent = stack.snapshot.parent.as_ref().and_then(|parent| self.snapshots.stat(parent.as_str()).ok());
+        parent.is_some_and(|parent| parent.labels.contains_key(calls::REMAPPED))
     }
 
     /// Gives the directory of a new snapshot to whoever has the root of what is below, or to the root of its user namespace,
@@ -290,19 +290,20 @@ impl Inner {
         if let Some(limit) = labels.get(MAX_SIZE) {
             tracing::warn!(key = key(), limit, "the size of a snapshot is not limited: label {MAX_SIZE} is ignored");
         }
-        let mapped = |label: &'static str| match labels.get(label) {
-            Some(mapping) => {
-                mounts::root_of(mapping).map(Some).map_err(|why| SnapshotterError::Label { key: key(), label, why })
-            }
-            None => Ok(None),
-        };
+        let mapping = mapping_of(&stack.snapshot)?;
         let below = match self.lowers(stack)?.first() {
             // Not a thread that serves it.
-            Some(nearest) => std::fs::metadata(nearest).ok().map(|found| (found.uid(), found.gid())),
+            Some(nearest) => {
+                let found = std::fs::metadata(nearest).map_err(|error| SnapshotterError::Layers {
+                    key: key(),
+                    source: FileError::of("look at", nearest)(error).into(),
+                })?;
+                Some((found.uid(), found.gid()))
+            }
             None => None,
         };
-        let (user, group) = (mapped(UID_MAPPING)?, mapped(GID_MAPPING)?);
-        let (user, group) = (user.or(below.map(|(user, _)| user)), group.or(below.map(|(_, group)| group)));
+        let user = mapping.user.or(below.map(|(user, _)| user));
+        let group = mapping.group.or(below.map(|(_, group)| group));
         if user.unwrap_or(0) == 0 && group.unwrap_or(0) == 0 {
             return Ok(());
         }
@@ -310,4 +311,12 @@ impl Inner {
             SnapshotsError::from(crate::store::StoreError::io("change the owner of", &own.upper, source)).into()
         })
     }
+}
+
+fn mapping_of(snapshot: &Snapshot) -> Result<Mapping, SnapshotterError> {
+    Mapping::of(&snapshot.labels).map_err(|Unmappable(label, why)| SnapshotterError::Label {
+        key: snapshot.key.to_string(),
+        label,
+        why,
+    })
 }

@@ -24,8 +24,8 @@ use crate::oci::labels::SNAPSHOT_REF;
 use crate::snapshots::{Lower, Stack};
 
 /// The user and group ids of the container's user namespace: `container:host:length`, several with commas.
-pub(super) const UID_MAPPING: &str = "containerd.io/snapshot/uidmapping";
-pub(super) const GID_MAPPING: &str = "containerd.io/snapshot/gidmapping";
+const UID_MAPPING: &str = "containerd.io/snapshot/uidmapping";
+const GID_MAPPING: &str = "containerd.io/snapshot/gidmapping";
 
 /// What the kernel of this machine wants besides.
 #[derive(Debug, Clone, Copy, Default)]
@@ -49,19 +49,52 @@ pub(super) fn is_extraction(labels: &Labels) -> bool {
     labels.contains_key(SNAPSHOT_REF)
 }
 
-/// The mounts of a snapshot on `lowers`, the nearest first; `mapped` if the kernel is to map the ids of its files.
-pub(super) fn mounts(stack: &Stack, lowers: &[PathBuf], mapped: bool, kernel: Kernel) -> Vec<Mount> {
+/// The user namespace that a snapshot is for, if it is for one.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(super) struct Mapping {
+    /// What tells a mount of it.
+    options: Vec<String>,
+    /// The user of the host that is its root.
+    pub(super) user: Option<u32>,
+    /// The group.
+    pub(super) group: Option<u32>,
+}
+
+/// A label that cannot be followed, and why.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Unmappable(pub(super) &'static str, pub(super) &'static str);
+
+impl Mapping {
+    /// What the labels of a snapshot say. Layers have the ids that their tar says: where one is to be extracted, these labels
+    /// come from nobody but the author of the image, whose annotations arrive as labels.
+    pub(super) fn of(labels: &Labels) -> Result<Self, Unmappable> {
+        let mut mapping = Self::default();
+        if is_extraction(labels) {
+            return Ok(mapping);
+        }
+        for (label, option, root) in
+            [(UID_MAPPING, "uidmap", &mut mapping.user), (GID_MAPPING, "gidmap", &mut mapping.group)]
+        {
+            let Some(said) = labels.get(label) else { continue };
+            *root = Some(root_of(said).map_err(|why| Unmappable(label, why))?);
+            mapping.options.push(format!("{option}={said}"));
+        }
+        Ok(mapping)
+    }
+
+    pub(super) const fn is_empty(&self) -> bool {
+        self.options.is_empty()
+    }
+}
+
+/// The mounts of a snapshot on `lowers`, the nearest first; `mapping` is what the kernel is to map the ids of its files by.
+pub(super) fn mounts(stack: &Stack, lowers: &[PathBuf], mapping: Mapping, kernel: Kernel) -> Vec<Mount> {
     let snapshot = &stack.snapshot;
-    let mut options = Vec::new();
+    let mut options = mapping.options;
     // Where all is on one file system there is but one device, and the kernel complains of the option.
     let xino = || {
         (kernel.xino && stack.lowers.iter().any(|lower| matches!(lower, Lower::Layer(_)))).then(|| "xino=on".to_owned())
     };
-    if mapped {
-        for (label, option) in [(UID_MAPPING, "uidmap"), (GID_MAPPING, "gidmap")] {
-            options.extend(snapshot.labels.get(label).map(|value| format!("{option}={value}")));
-        }
-    }
     let mount = match (&stack.own, lowers) {
         (Some(own), []) if snapshot.kind == Kind::Active && is_extraction(&snapshot.labels) => {
             options.push(format!("upperdir={}", own.upper.display()));
@@ -115,7 +148,7 @@ pub(super) fn are_long(own: usize, lowers: &[PathBuf]) -> bool {
 ///
 /// # Errors
 /// What is wrong with the value.
-pub(super) fn root_of(mapping: &str) -> Result<u32, &'static str> {
+fn root_of(mapping: &str) -> Result<u32, &'static str> {
     const FORM: &str = "it is not written as CONTAINER:HOST:LENGTH, with commas between several";
     let mut root = None;
     for part in mapping.split(',') {
@@ -208,12 +241,29 @@ mod tests {
             (stack(Kind::Active, Content::Files, &mapping, true, 0), false, "bind /r/3/upper rw rbind"),
         ] {
             let lowers: Vec<PathBuf> = (0..stack.lowers.len()).map(|number| format!("/l/{number}").into()).collect();
-            let mounts = mounts(&stack, &lowers, mapped, Kernel { index: true, xino: true });
+            let mapping = Mapping::of(&stack.snapshot.labels).unwrap();
+            let mapping = if mapped { mapping } else { Mapping::default() };
+            let mounts = mounts(&stack, &lowers, mapping, Kernel { index: true, xino: true });
             assert_eq!(written(&mounts), expected, "{:?} {:?}", stack.snapshot.kind, stack.snapshot.content);
         }
-        let plain =
-            mounts(&stack(Kind::Active, Content::Files, &[], true, 1), &["/l".into()], false, Kernel::default());
+        let plain = stack(Kind::Active, Content::Files, &[], true, 1);
+        let plain = mounts(&plain, &["/l".into()], Mapping::default(), Kernel::default());
         assert_eq!(written(&plain), "overlay overlay workdir=/r/3/work upperdir=/r/3/upper lowerdir=/l");
+    }
+
+    #[test]
+    fn who_makes_an_image_maps_nothing() {
+        let labels = |of: &[(&str, &str)]| -> Labels {
+            of.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+        };
+        let mapping = Mapping::of(&labels(&[(UID_MAPPING, "0:7:1"), (GID_MAPPING, "0:8:1")])).unwrap();
+        assert_eq!((mapping.user, mapping.group, mapping.is_empty()), (Some(7), Some(8), false));
+        for hostile in ["0:7:1", "0:7:1,upperdir=/etc", "x"] {
+            let layer = labels(&[(UID_MAPPING, hostile), (SNAPSHOT_REF, "sha256:x")]);
+            assert_eq!(Mapping::of(&layer), Ok(Mapping::default()), "{hostile}");
+        }
+        let Unmappable(label, _) = Mapping::of(&labels(&[(GID_MAPPING, "x")])).unwrap_err();
+        assert_eq!(label, GID_MAPPING);
     }
 
     #[test]

@@ -418,6 +418,15 @@ fn containers_of_a_user_namespace() {
         let refused = stage.prepare_with("default/8/x", "default/2/image", &[(UID, wrong), (GID, "0:1:1")]);
         assert_code(refused, Code::InvalidArgument);
         assert_code(stage.stat("default/8/x"), Code::NotFound);
+        // A view is mounted, too.
+        let refused = stage.view_with("default/8/x", "default/2/image", &[(UID, wrong)]);
+        assert_code(refused, Code::InvalidArgument);
+        assert_code(stage.stat("default/8/x"), Code::NotFound);
+        // The author of an image is nobody to say who owns what.
+        let key = format!("default/9/extract {wrong}");
+        let mounts = stage.prepare_with(&key, "default/2/image", &[(SNAPSHOT_REF, "sha256:c9"), (UID, wrong)]).unwrap();
+        assert!(!mounts[0].options.iter().any(|option| option.starts_with("uidmap")), "{mounts:?}");
+        assert_eq!(owner(&mounts), (0, 0));
     }
 }
 

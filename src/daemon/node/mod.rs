@@ -32,6 +32,7 @@ use std::time::Duration;
 use futures::StreamExt as _;
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use crate::chain::{Content, Kind, Layer, LayerSlot, Owner, Snapshot};
 use crate::grpc::{Mount, SnapshotterError};
@@ -47,7 +48,7 @@ use showing::Shown;
 /// How much of a file system a container may write. Nothing here can hold it to that.
 const MAX_SIZE: &str = "containerd.io/snapshot/max-size";
 
-/// How many layers are brought back at once after a restart. Each mounts and reads a few blocks.
+/// How many layers are brought back at once. Each mounts and reads a few blocks.
 const AT_ONCE: usize = 8;
 
 /// How a node behaves.
@@ -140,7 +141,8 @@ impl Node {
         }
         let layers: Vec<Layer> = wanted.into_iter().filter_map(|slot| chain.layer(slot).cloned()).collect();
         let count = layers.len();
-        let bring = async |layer: Layer| match self.0.show_again(&layer).await {
+        let patience = self.0.options.prepare_timeout;
+        let bring = async |layer: Layer| match self.0.show_again(&layer, Instant::now() + patience).await {
             Ok(_) => 1,
             Err(error) => {
                 let error: &dyn std::error::Error = error.as_ref();
@@ -195,8 +197,12 @@ impl Node {
             });
             layers.filter(|layer| !shown.contains_key(&layer.slot)).cloned().collect()
         };
-        for layer in missing {
-            self.0.show_again(&layer).await.map_err(|error| SnapshotterError::Layers {
+        let until = Instant::now() + self.0.options.prepare_timeout;
+        let inner = &self.0;
+        let show = |layer: Layer| async move { inner.show_again(&layer, until).await };
+        let mut showing = futures::stream::iter(missing.into_iter().map(show)).buffer_unordered(AT_ONCE);
+        while let Some(shown) = showing.next().await {
+            shown.map_err(|error| SnapshotterError::Layers {
                 key: stack.snapshot.key.to_string(),
                 source: error.into(),
             })?;

@@ -40,13 +40,17 @@ impl Inner {
         let shown = self.show(&image, slot);
         let served = match (shown, how) {
             (Err(error), _) => Err(SnapshotterError::Layers { key: key.to_owned(), source: error.into() }),
-            (Ok(_), How::Staged) => return self.mounts(&stack).map(Prepared::Mounts).map(Some),
+            (Ok(_), How::Staged) => self.mounts(&stack).map(|mounts| Some(Prepared::Mounts(mounts))),
             (Ok(_), How::Commit) => match self.snapshots.commit(name.as_str(), key, parent, labels.clone()) {
-                Ok(()) => return Ok(Some(Prepared::There(name.to_string()))),
+                Ok(()) => Ok(Some(Prepared::There(name.to_string()))),
                 Err(error) => Err(error.into()),
             },
         };
+        if served.is_ok() {
+            return served;
+        }
         self.snapshots.remove(key)?;
+        self.untidy.notify_one();
         match served {
             // Another namespace was faster.
             Err(SnapshotterError::Snapshots(error))

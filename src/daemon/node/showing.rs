@@ -65,15 +65,15 @@ impl Inner {
         Ok(kept)
     }
 
-    /// Shows a layer of earlier, from what was kept of it.
-    pub(super) async fn show_again(self: &Arc<Self>, layer: &Layer) -> anyhow::Result<Arc<Shown>> {
+    /// Shows a layer of earlier, from what was kept of it, if that can be opened until then.
+    pub(super) async fn show_again(self: &Arc<Self>, layer: &Layer, until: Instant) -> anyhow::Result<Arc<Shown>> {
         let labels: Vec<Labels> = {
             let all = self.snapshots.all();
             let of_it = all.walk().filter(|snapshot| snapshot.content == Content::Layer(layer.slot));
             of_it.map(|snapshot| snapshot.labels.clone()).collect()
         };
         let again = self.layers.again(layer, &labels);
-        let image = tokio::time::timeout(self.options.prepare_timeout, again)
+        let image = tokio::time::timeout_at(until, again)
             .await
             .with_context(|| format!("layer {} does not come in time", layer.id))??;
         anyhow::ensure!(

@@ -5,6 +5,7 @@ mod file_error;
 pub mod fuse;
 mod hole;
 mod lock;
+pub mod look;
 pub mod loopdev;
 mod map;
 pub mod mount;

@@ -21,14 +21,17 @@ const REMAP_SUFFIX: &str = "-remap";
 
 impl Inner {
     fn commit(&self, name: &str, key: &str, parent: &str, labels: Labels) -> Result<(), SnapshotterError> {
-        let mut labels = match self.snapshots.stat(key) {
-            Ok(active) => with_own(labels, active.labels),
-            Err(_) => with_own(labels, Labels::new()),
-        };
+        let active = self.snapshots.stat(key).ok();
+        let noted = active.as_ref().map(|active| active.labels.clone()).unwrap_or_default();
+        let mut labels = with_own(labels, noted);
         if is_remap(name, key) {
             labels.insert(REMAPPED.to_owned(), "containerd".to_owned());
         }
-        Ok(self.snapshots.commit(name, key, parent, labels)?)
+        self.snapshots.commit(name, key, parent, labels)?;
+        if let Some(active) = active {
+            self.applies.committed(&active, self.snapshots.files_of(&active));
+        }
+        Ok(())
     }
 
     fn remove(&self, key: &str) -> Result<(), SnapshotterError> {

@@ -42,6 +42,18 @@ pub(crate) struct LazyImage {
     pub(super) layers: Vec<Result<Arc<LayerImage>, Arc<Why>>>,
 }
 
+impl LazyImage {
+    /// The layers that can be served, lowest first.
+    pub(crate) fn layers(&self) -> impl Iterator<Item = &Arc<LayerImage>> {
+        self.layers.iter().filter_map(|layer| layer.as_ref().ok())
+    }
+
+    /// True if a layer that cannot be served now may be soon.
+    pub(super) fn may_change(&self) -> bool {
+        self.layers.iter().any(|layer| layer.as_ref().is_err_and(|why| why.may_change()))
+    }
+}
+
 impl Pulled {
     fn by_digest(&self, digest: BlobDigest) -> Reference {
         Reference::Registry(self.image.with_digest(digest))

@@ -6,7 +6,7 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use super::version::ContainerdVersion;
+use crate::grpc::ContainerdVersion;
 
 /// What the snapshotter is called in containerd's configuration.
 pub const NAME: &str = "headstart";

@@ -12,7 +12,7 @@ use std::path::{Component, Path, PathBuf};
 use toml::{Table, Value};
 
 use super::gather::read;
-use super::version::ContainerdVersion;
+use crate::grpc::ContainerdVersion;
 
 /// Most files that are read: imports may name a directory that is not meant for them.
 const FILES: usize = 256;

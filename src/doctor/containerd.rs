@@ -7,7 +7,7 @@ use toml::{Table, Value};
 use super::advice::{self, NAME, Reader};
 use super::config::{CRI, IMAGES, NodeConfig, TRANSFER, said_in};
 use super::finding::{Finding, Remedy};
-use super::version::ContainerdVersion;
+use crate::grpc::ContainerdVersion;
 
 /// What is known of containerd.
 #[derive(Debug, Clone, Default, PartialEq)]

@@ -33,7 +33,7 @@ use crate::daemon::config::ContainerdSettings;
 use crate::daemon::image::House;
 use crate::daemon::recorder::spec;
 use crate::fetch::LayerImage;
-use crate::grpc::{Containerd, ContainerdError, Version};
+use crate::grpc::{Containerd, ContainerdError, ContainerdVersion};
 use crate::model::ChainId;
 use crate::oci::{ImageName, Reference, SnapshotLabels};
 use decide::{Place, decide};
@@ -68,7 +68,7 @@ pub(crate) struct LazySettings {
     /// The longest that the first layer of an image may take.
     pub(crate) timeout: Duration,
     /// Which containerd it is; none asks.
-    pub(crate) version: Option<Version>,
+    pub(crate) version: Option<ContainerdVersion>,
     /// Labels are believed although containerd does not vouch for them.
     pub(crate) believe: bool,
 }
@@ -78,7 +78,7 @@ impl From<&ContainerdSettings> for LazySettings {
         Self {
             enabled: settings.lazy,
             timeout: settings.prepare_timeout,
-            version: settings.version.map(|(major, minor)| Version::new(major, minor)),
+            version: settings.version,
             believe: settings.trust_labels,
         }
     }
@@ -243,7 +243,7 @@ impl Lazy {
         Err(last)
     }
 
-    async fn version(&self) -> Result<Version, Arc<ContainerdError>> {
+    async fn version(&self) -> Result<ContainerdVersion, Arc<ContainerdError>> {
         match self.settings.version {
             Some(version) => Ok(version),
             None => self.containerd.version().await.map_err(Arc::new),

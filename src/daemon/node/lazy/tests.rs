@@ -365,7 +365,7 @@ async fn the_version_decides_where_parents_are_missing() {
     // It is asked once a connection.
     ordinary(orphan(Arc::clone(&lazy), 2).await);
     assert_eq!(stage.containerd.asked().iter().filter(|asked| *asked == "version").count(), 1);
-    let configured = stage.lazy_with(|settings| settings.version = Some(Version::new(2, 4)));
+    let configured = stage.lazy_with(|settings| settings.version = Some(ContainerdVersion::new(2, 4)));
     assert!(matches!(orphan(Arc::clone(&configured), 1).await, Choice::Staged(_)));
     committed(image.prepare(&configured, 1).await);
     // Another one answers on a new connection.

@@ -17,6 +17,7 @@ use crate::control;
 use crate::control::Client;
 use crate::daemon::config::{Config, RegistryConfig};
 use crate::daemon::host::left_behind;
+use crate::daemon::left::is_kept;
 use crate::daemon::mounts::Mounts;
 use crate::daemon::place;
 use crate::drivers::{Capabilities, Capability};
@@ -224,6 +225,7 @@ fn daemon(config: &Config, whereabouts: &Whereabouts, runtime: &Handle) -> Daemo
         (socket, answer)
     });
     DaemonFacts {
+        kept: holder.is_none() && is_kept(&config.run),
         pid: holder.map(|holder| holder.pid),
         control,
         snapshotter,

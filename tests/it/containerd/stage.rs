@@ -119,6 +119,14 @@ impl Stage {
         Self::build(version, "[fill]\nenabled = false\n", OUR_DIFFER)
     }
 
+    /// From now on our diff service is asked, as after a change of containerd's configuration.
+    pub(super) fn apply_from_now_on(&mut self) {
+        self.stop_containerd();
+        self.differ = OUR_DIFFER;
+        fs::write(self.path("containerd.toml"), self.configuration()).unwrap();
+        self.start_containerd();
+    }
+
     fn build(version: Version, settings: &str, differ: &'static str) -> Self {
         let program = Program::new();
         let registry = Registry::start(&program.make("registry"), "");

@@ -91,13 +91,8 @@ impl Place {
 
     /// Where the daemon's FUSE connection is mounted.
     pub fn file_system(&self) -> PathBuf {
-        file_system(&self.run)
+        self.run.join("fs")
     }
-}
-
-/// Where the FUSE connection of the daemon of this run directory is mounted.
-pub(super) fn file_system(run: &Path) -> PathBuf {
-    run.join("fs")
 }
 
 fn hold(place: &Path, holder: &Holder) -> Result<FileLock, PlaceError> {

@@ -217,6 +217,7 @@ fn containerd_node(host: &Arc<Host>) -> anyhow::Result<Option<Node>> {
         fill: (settings.fill.enabled && settings.containerd.fill).then(|| host.fill_options()),
         links: settings.run.join("f"),
         xino: settings.containerd.xino,
+        mapped: settings.run.join("m"),
     };
     let runtime = host.house().runtime().clone();
     let lazy = Lazy::new(host.house(), (&settings.containerd).into(), &settings.containerd.address);

@@ -12,7 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::error::in_one_line;
-use super::run::{clear, layers, overlay_source, take};
+use super::run::{clear, layers, mapped, overlay_source, take};
 use super::{DriverError, timely};
 use crate::sys::fuse::MOUNT_KIND;
 use crate::sys::loopdev::{LoopDevice, loop_devices};
@@ -34,7 +34,7 @@ pub enum Leftover {
         /// Where.
         path: PathBuf,
     },
-    /// A layer.
+    /// A layer, or what else is below a container.
     Erofs {
         /// Where.
         path: PathBuf,
@@ -94,17 +94,20 @@ pub struct Outcome {
 /// layers, loop devices, FUSE connections, what was mounted last before what was mounted first.
 pub fn find(run: &Path, table: &[MountEntry], loops: &[LabelledLoop]) -> Vec<Leftover> {
     let source = overlay_source(run);
-    let (layers, label) = (layers(run), format!("{source}:"));
+    let (layers, mapped, label) = (layers(run), mapped(run), format!("{source}:"));
     let mounts = |which: &dyn Fn(&MountEntry) -> bool| -> Vec<PathBuf> {
         table.iter().rev().filter(|entry| which(entry)).map(|entry| entry.mount_point.clone()).collect()
     };
     let overlays = mounts(&|entry| entry.kind == "overlay" && entry.source.as_os_str() == source.as_str());
     let erofs = mounts(&|entry| entry.kind == "erofs" && entry.mount_point.starts_with(&layers));
-    let fuse = mounts(&|entry| entry.kind == MOUNT_KIND && entry.mount_point.starts_with(run));
+    // Copies of mounts of any kind.
+    let copies = mounts(&|entry| entry.mount_point.starts_with(&mapped));
+    let is_fuse = |entry: &MountEntry| entry.kind == MOUNT_KIND && !entry.mount_point.starts_with(&mapped);
+    let fuse = mounts(&|entry| is_fuse(entry) && entry.mount_point.starts_with(run));
     let ours = |device: &&LabelledLoop| device.label.starts_with(&label) || device.backing.starts_with(run);
     let devices = loops.iter().filter(ours).map(|device| (device.number, device.backing.clone()));
     let mut found: Vec<Leftover> = overlays.into_iter().map(|path| Leftover::Overlay { path }).collect();
-    found.extend(erofs.into_iter().map(|path| Leftover::Erofs { path }));
+    found.extend(copies.into_iter().chain(erofs).map(|path| Leftover::Erofs { path }));
     found.extend(devices.map(|(number, backing)| Leftover::Loop { number, backing }));
     found.extend(fuse.into_iter().map(|path| Leftover::Fuse { path }));
     found
@@ -200,6 +203,10 @@ fn take_away(leftover: &Leftover, how: Unmount) -> Result<(), String> {
 /// Removes directories on which nothing is mounted any more, then the rest.
 fn empty(run: &Path) -> Result<(), DriverError> {
     remove_directories(&layers(run))?;
+    for place in fs::read_dir(mapped(run)).into_iter().flatten().flatten() {
+        remove_directories(&place.path())?;
+    }
+    remove_directories(&mapped(run))?;
     // Others than these may have been made to mount something, and nothing was.
     remove_directories(run).ok();
     clear(run)
@@ -269,6 +276,9 @@ mod tests {
             entry("overlay", &source, "/c/4"),
             entry("tmpfs", "tmpfs", "/run/headstart/l/c"),
             entry("fuse.headstart", "image", "/c/5"),
+            entry("erofs", "/dev/loop3", "/run/headstart/m/7/0"),
+            entry("fuse.headstart", "daemon", "/run/headstart/m/7/1"),
+            entry("ext4", "/dev/sda1", "/run/headstart/m/7/2"),
         ];
         let device = |number, backing: &str, label: &str| LabelledLoop {
             number,
@@ -287,6 +297,9 @@ mod tests {
             [
                 Leftover::Overlay { path: path("/c/4") },
                 Leftover::Overlay { path: path("/c/1") },
+                Leftover::Erofs { path: path("/run/headstart/m/7/2") },
+                Leftover::Erofs { path: path("/run/headstart/m/7/1") },
+                Leftover::Erofs { path: path("/run/headstart/m/7/0") },
                 Leftover::Erofs { path: path("/run/headstart/l/b-1") },
                 Leftover::Erofs { path: path("/run/headstart/l/a-0") },
                 Leftover::Loop { number: 3, backing: path("/run/headstart/fs/layers/a") },
@@ -309,6 +322,7 @@ mod tests {
         assert!(!path.exists());
         // What is left of one that was killed.
         fs::create_dir_all(path.join("l/a")).unwrap();
+        fs::create_dir_all(path.join("m/7/0")).unwrap();
         fs::write(path.join("owner"), "").unwrap();
         let directory = Leftover::Directory { path: path.clone() };
         assert_eq!(look(&path).unwrap(), Some(vec![directory.clone()]));

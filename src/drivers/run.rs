@@ -4,6 +4,7 @@
 //! <run>/owner        locked as long as the owner lives
 //! <run>/l/<number>    one mount a layer; short, because others name many of them in one page of options
 //! <run>/empty        an empty directory: overlayfs wants two lower ones
+//! <run>/m/<n>/<n>     layers and directories under other ids, of whoever put them there
 //! ```
 //!
 //! Others see nothing of it: mode 700. What else the owner puts there is its own business.
@@ -164,6 +165,10 @@ pub(super) fn clear(run: &Path) -> Result<(), DriverError> {
 
 pub(super) fn layers(run: &Path) -> PathBuf {
     run.join("l")
+}
+
+pub(super) fn mapped(run: &Path) -> PathBuf {
+    run.join("m")
 }
 
 /// What the mount table shows as the source of overlays of the owner of `run` (without links): the names of mount points

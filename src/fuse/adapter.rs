@@ -206,6 +206,8 @@ impl<F> Adapter<F> {
         if self.acl {
             wanted |= InitFlags::FUSE_POSIX_ACL;
         }
+        // Not FUSE_ALLOW_IDMAP (Linux 6.12), for mounts that show other ids: the kernel would not tell any more who asks, and
+        // `trusted.*` is listed for the superuser alone.
         config.add_capabilities(wanted & offered).expect("only what was offered is asked for");
         config.set_max_write(MAX_TRANSFER).expect("1 MiB is less than 16 MiB");
         config.set_max_background(MAX_BACKGROUND).expect("it is not 0");

@@ -71,6 +71,10 @@ impl Service {
 fn log_failure(call: &'static str, key: &str, error: &SnapshotterError) {
     let words = status::words(error);
     match status::code(error) {
+        // It is the operator who can do something about it.
+        Code::FailedPrecondition if matches!(error, SnapshotterError::Unmapped { .. }) => {
+            tracing::error!(call, key, "failed: {words}");
+        }
         Code::NotFound | Code::AlreadyExists | Code::FailedPrecondition | Code::InvalidArgument => {
             tracing::debug!(call, key, "refused: {words}");
         }

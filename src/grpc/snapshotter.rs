@@ -79,6 +79,18 @@ pub enum SnapshotterError {
         #[source]
         source: Box<dyn Error + Send + Sync>,
     },
+    /// The kernel does not show what is below under the ids of a user namespace.
+    #[error(
+        "cannot map the ids of what is below snapshot {key:?}: take `remap-ids` out of the capabilities of this proxy plugin, and \
+         containerd changes the owners of all files itself"
+    )]
+    Unmapped {
+        /// Of which snapshot.
+        key: String,
+        /// Why.
+        #[source]
+        source: Box<dyn Error + Send + Sync>,
+    },
     /// A label has a value that cannot be followed.
     #[error("cannot follow label {label} of snapshot {key:?}: {why}")]
     Label {

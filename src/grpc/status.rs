@@ -3,8 +3,6 @@
 //! containerd acts on the codes: a removal that is refused otherwise than by `FailedPrecondition` ends its round of garbage
 //! collection; `AlreadyExists` of a preparation means that the layer is there; `Unavailable` may be tried again.
 
-use std::time::Duration;
-
 use tonic::{Code, Status};
 
 use super::{DifferError, SnapshotterError};
@@ -33,11 +31,6 @@ pub(super) fn unreachable(whom: &str, error: &(dyn std::error::Error + 'static))
 /// A message that did not come whole, or is larger than any.
 pub(super) fn cut(error: &(dyn std::error::Error + 'static)) -> Status {
     Status::aborted(format!("the message did not come whole: {}", words(error)))
-}
-
-/// Somebody who was asked does not answer.
-pub(super) fn silent(patience: Duration) -> Status {
-    Status::deadline_exceeded(format!("no answer within {patience:?}"))
 }
 
 /// True if somebody who was asked does not have it.
@@ -79,6 +72,7 @@ pub(super) fn code(error: &SnapshotterError) -> Code {
     match error {
         SnapshotterError::Snapshots(error) => of_snapshots(error),
         SnapshotterError::Layers { .. } => Code::Unavailable,
+        SnapshotterError::Unmapped { .. } => Code::FailedPrecondition,
         SnapshotterError::Label { .. } => Code::InvalidArgument,
         SnapshotterError::Broken => Code::Internal,
     }
@@ -166,6 +160,7 @@ mod tests {
             (SnapshotsError::Store(disk(libc::ENOSPC)).into(), Code::ResourceExhausted),
             (SnapshotsError::Store(disk(libc::EIO)).into(), Code::Internal),
             (SnapshotterError::Layers { key: name(), source: "x".into() }, Code::Unavailable),
+            (SnapshotterError::Unmapped { key: name(), source: "x".into() }, Code::FailedPrecondition),
             (SnapshotterError::Label { key: name(), label: "l", why: "x" }, Code::InvalidArgument),
             (SnapshotterError::Broken, Code::Internal),
         ] {

@@ -109,7 +109,7 @@ fn mount_stepwise(overlay: &OverlayMount<'_>, target: &Path) -> Result<(), (Errn
     configure(&context, overlay).map_err(|errno| (errno, messages(&context)))?;
     let attributes = if overlay.upper.is_some() { MountAttrFlags::empty() } else { MountAttrFlags::MOUNT_ATTR_RDONLY };
     let tree = rustix::mount::fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(plain)?;
-    move_to(&tree, target).map_err(plain)
+    attach(&tree, target).map_err(plain)
 }
 
 fn configure(context: &OwnedFd, overlay: &OverlayMount<'_>) -> rustix::io::Result<()> {
@@ -186,7 +186,8 @@ fn messages(context: &OwnedFd) -> String {
     said.join("; ")
 }
 
-fn move_to(tree: &OwnedFd, target: &Path) -> rustix::io::Result<()> {
+/// Mounts on `target` what is not mounted yet.
+pub(super) fn attach(tree: &OwnedFd, target: &Path) -> rustix::io::Result<()> {
     rustix::mount::move_mount(tree.as_fd(), c"", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
 }
 
@@ -197,7 +198,7 @@ fn move_to(tree: &OwnedFd, target: &Path) -> rustix::io::Result<()> {
 pub fn mount_bind(from: &Path, target: &Path) -> Result<(), MountError> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     rustix::mount::open_tree(CWD, from, flags)
-        .and_then(|tree| move_to(&tree, target))
+        .and_then(|tree| attach(&tree, target))
         .map_err(|errno| MountError::system("bind to", target, errno))
 }
 

@@ -14,7 +14,8 @@
 //! overlay of only an upper directory is never mounted: every version's differ writes into the directory that it names, and
 //! turns whiteouts.
 //!
-//! Types of mounts that only newer versions know (templates, `format/…`) are not used.
+//! Lower directories of a snapshot of a user namespace have its ids already (see [`super::mapped`]): no mount has an option
+//! about ids. Types of mounts that only newer versions know (templates, `format/…`) are not used.
 
 use std::path::{Path, PathBuf};
 
@@ -22,10 +23,6 @@ use crate::chain::{Kind, Labels};
 use crate::grpc::Mount;
 use crate::oci::labels::SNAPSHOT_REF;
 use crate::snapshots::{Lower, Stack};
-
-/// The user and group ids of the container's user namespace: `container:host:length`, several with commas.
-const UID_MAPPING: &str = "containerd.io/snapshot/uidmapping";
-const GID_MAPPING: &str = "containerd.io/snapshot/gidmapping";
 
 /// What the kernel of this machine wants besides.
 #[derive(Debug, Clone, Copy, Default)]
@@ -49,48 +46,10 @@ pub(super) fn is_extraction(labels: &Labels) -> bool {
     labels.contains_key(SNAPSHOT_REF)
 }
 
-/// The user namespace that a snapshot is for, if it is for one.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub(super) struct Mapping {
-    /// What tells a mount of it.
-    options: Vec<String>,
-    /// The user of the host that is its root.
-    pub(super) user: Option<u32>,
-    /// The group.
-    pub(super) group: Option<u32>,
-}
-
-/// A label that cannot be followed, and why.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Unmappable(pub(super) &'static str, pub(super) &'static str);
-
-impl Mapping {
-    /// What the labels of a snapshot say. Layers have the ids that their tar says: where one is to be extracted, these labels
-    /// come from nobody but the author of the image, whose annotations arrive as labels.
-    pub(super) fn of(labels: &Labels) -> Result<Self, Unmappable> {
-        let mut mapping = Self::default();
-        if is_extraction(labels) {
-            return Ok(mapping);
-        }
-        for (label, option, root) in
-            [(UID_MAPPING, "uidmap", &mut mapping.user), (GID_MAPPING, "gidmap", &mut mapping.group)]
-        {
-            let Some(said) = labels.get(label) else { continue };
-            *root = Some(root_of(said).map_err(|why| Unmappable(label, why))?);
-            mapping.options.push(format!("{option}={said}"));
-        }
-        Ok(mapping)
-    }
-
-    pub(super) const fn is_empty(&self) -> bool {
-        self.options.is_empty()
-    }
-}
-
-/// The mounts of a snapshot on `lowers`, the nearest first; `mapping` is what the kernel is to map the ids of its files by.
-pub(super) fn mounts(stack: &Stack, lowers: &[PathBuf], mapping: Mapping, kernel: Kernel) -> Vec<Mount> {
+/// The mounts of a snapshot on `lowers`, the nearest first.
+pub(super) fn mounts(stack: &Stack, lowers: &[PathBuf], kernel: Kernel) -> Vec<Mount> {
     let snapshot = &stack.snapshot;
-    let mut options = mapping.options;
+    let mut options = Vec::new();
     // Where all is on one file system there is but one device, and the kernel complains of the option.
     let xino = || {
         (kernel.xino && stack.lowers.iter().any(|lower| matches!(lower, Lower::Layer(_)))).then(|| "xino=on".to_owned())
@@ -100,7 +59,7 @@ pub(super) fn mounts(stack: &Stack, lowers: &[PathBuf], mapping: Mapping, kernel
             options.push(format!("upperdir={}", own.upper.display()));
             overlay(options)
         }
-        (Some(own), []) => bind(&own.upper, snapshot.kind == Kind::View, options),
+        (Some(own), []) => bind(&own.upper, snapshot.kind == Kind::View),
         (Some(own), lowers) => {
             options.extend(kernel.index.then(|| "index=off".to_owned()));
             options.extend(xino());
@@ -110,20 +69,20 @@ pub(super) fn mounts(stack: &Stack, lowers: &[PathBuf], mapping: Mapping, kernel
             overlay(options)
         }
         // overlayfs takes no single directory, and a layer is shown as it is.
-        (None, [only]) => bind(only, true, options),
+        (None, [only]) => bind(only, true),
         (None, lowers) if snapshot.kind == Kind::View => {
             options.extend(xino());
             options.push(lowerdir(lowers));
             overlay(options)
         }
         // What is below a layer that is served is not asked for: nobody mounts it before it is committed.
-        (None, lowers) => bind(lowers.first().map_or(Path::new("/"), PathBuf::as_path), true, options),
+        (None, lowers) => bind(lowers.first().map_or(Path::new("/"), PathBuf::as_path), true),
     };
     vec![mount]
 }
 
-fn bind(source: &Path, read_only: bool, mut options: Vec<String>) -> Mount {
-    options.extend([if read_only { "ro" } else { "rw" }, "rbind"].map(str::to_owned));
+fn bind(source: &Path, read_only: bool) -> Mount {
+    let options = [if read_only { "ro" } else { "rw" }, "rbind"].map(str::to_owned).into();
     Mount { kind: "bind", source: source.display().to_string(), options }
 }
 
@@ -142,26 +101,6 @@ const OPTIONS: usize = 4096 - 256;
 /// True if the options would be too long for a page with these lower directories.
 pub(super) fn are_long(own: usize, lowers: &[PathBuf]) -> bool {
     own + lowers.iter().map(|lower| lower.as_os_str().len() + 1).sum::<usize>() > OPTIONS
-}
-
-/// The id of the host that is the container's root.
-///
-/// # Errors
-/// What is wrong with the value.
-fn root_of(mapping: &str) -> Result<u32, &'static str> {
-    const FORM: &str = "it is not written as CONTAINER:HOST:LENGTH, with commas between several";
-    let mut root = None;
-    for part in mapping.split(',') {
-        let numbers: Vec<u32> = part.split(':').map(str::parse).collect::<Result<_, _>>().map_err(|_| FORM)?;
-        let [container, host, length] = numbers[..] else { return Err(FORM) };
-        if length == 0 || container.checked_add(length).is_none() || host.checked_add(length).is_none() {
-            return Err("it maps ids that do not exist");
-        }
-        if container == 0 {
-            root = Some(host);
-        }
-    }
-    root.ok_or("it does not map the container's root")
 }
 
 #[cfg(test)]
@@ -204,84 +143,29 @@ mod tests {
     fn every_snapshot_has_its_mounts() {
         let layer = Content::Layer(LayerSlot(7));
         let reference = (SNAPSHOT_REF, "sha256:x");
-        let mapping = [(UID_MAPPING, "0:1000:65536"), (GID_MAPPING, "0:2000:65536")];
-        for (stack, mapped, expected) in [
-            (stack(Kind::Active, Content::Files, &[], true, 0), false, "bind /r/3/upper rw rbind"),
-            (stack(Kind::Active, Content::Files, &[reference], true, 0), false, "overlay overlay upperdir=/r/3/upper"),
+        for (stack, expected) in [
+            (stack(Kind::Active, Content::Files, &[], true, 0), "bind /r/3/upper rw rbind"),
+            (stack(Kind::Active, Content::Files, &[reference], true, 0), "overlay overlay upperdir=/r/3/upper"),
             (
                 stack(Kind::Active, Content::Files, &[reference], true, 2),
-                false,
                 "overlay overlay index=off xino=on workdir=/r/3/work upperdir=/r/3/upper lowerdir=/l/0:/l/1",
             ),
             (
                 stack(Kind::Active, Content::Files, &[], true, 1),
-                false,
                 "overlay overlay index=off xino=on workdir=/r/3/work upperdir=/r/3/upper lowerdir=/l/0",
             ),
-            (stack(Kind::Active, layer, &[reference], false, 1), false, "bind /l/0 ro rbind"),
-            (stack(Kind::Active, layer, &[reference], false, 2), false, "bind /l/0 ro rbind"),
-            (stack(Kind::View, Content::Files, &[], true, 0), false, "bind /r/3/upper ro rbind"),
-            (stack(Kind::View, Content::Files, &[], false, 1), false, "bind /l/0 ro rbind"),
-            (
-                stack(Kind::View, Content::Files, &[], false, 3),
-                false,
-                "overlay overlay xino=on lowerdir=/l/0:/l/1:/l/2",
-            ),
-            (
-                stack(Kind::Active, Content::Files, &mapping, true, 1),
-                true,
-                "overlay overlay uidmap=0:1000:65536 gidmap=0:2000:65536 index=off xino=on workdir=/r/3/work \
-                 upperdir=/r/3/upper lowerdir=/l/0",
-            ),
-            (
-                stack(Kind::Active, Content::Files, &mapping, true, 0),
-                true,
-                "bind /r/3/upper uidmap=0:1000:65536 gidmap=0:2000:65536 rw rbind",
-            ),
-            (stack(Kind::Active, Content::Files, &mapping, true, 0), false, "bind /r/3/upper rw rbind"),
+            (stack(Kind::Active, layer, &[reference], false, 1), "bind /l/0 ro rbind"),
+            (stack(Kind::Active, layer, &[reference], false, 2), "bind /l/0 ro rbind"),
+            (stack(Kind::View, Content::Files, &[], true, 0), "bind /r/3/upper ro rbind"),
+            (stack(Kind::View, Content::Files, &[], false, 1), "bind /l/0 ro rbind"),
+            (stack(Kind::View, Content::Files, &[], false, 3), "overlay overlay xino=on lowerdir=/l/0:/l/1:/l/2"),
         ] {
             let lowers: Vec<PathBuf> = (0..stack.lowers.len()).map(|number| format!("/l/{number}").into()).collect();
-            let mapping = Mapping::of(&stack.snapshot.labels).unwrap();
-            let mapping = if mapped { mapping } else { Mapping::default() };
-            let mounts = mounts(&stack, &lowers, mapping, Kernel { index: true, xino: true });
+            let mounts = mounts(&stack, &lowers, Kernel { index: true, xino: true });
             assert_eq!(written(&mounts), expected, "{:?} {:?}", stack.snapshot.kind, stack.snapshot.content);
         }
-        let plain = stack(Kind::Active, Content::Files, &[], true, 1);
-        let plain = mounts(&plain, &["/l".into()], Mapping::default(), Kernel::default());
+        let plain = mounts(&stack(Kind::Active, Content::Files, &[], true, 1), &["/l".into()], Kernel::default());
         assert_eq!(written(&plain), "overlay overlay workdir=/r/3/work upperdir=/r/3/upper lowerdir=/l");
-    }
-
-    #[test]
-    fn who_makes_an_image_maps_nothing() {
-        let labels = |of: &[(&str, &str)]| -> Labels {
-            of.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
-        };
-        let mapping = Mapping::of(&labels(&[(UID_MAPPING, "0:7:1"), (GID_MAPPING, "0:8:1")])).unwrap();
-        assert_eq!((mapping.user, mapping.group, mapping.is_empty()), (Some(7), Some(8), false));
-        for hostile in ["0:7:1", "0:7:1,upperdir=/etc", "x"] {
-            let layer = labels(&[(UID_MAPPING, hostile), (SNAPSHOT_REF, "sha256:x")]);
-            assert_eq!(Mapping::of(&layer), Ok(Mapping::default()), "{hostile}");
-        }
-        let Unmappable(label, _) = Mapping::of(&labels(&[(GID_MAPPING, "x")])).unwrap_err();
-        assert_eq!(label, GID_MAPPING);
-    }
-
-    #[test]
-    fn the_root_of_a_mapping_is_found() {
-        for (mapping, expected) in [
-            ("0:100000:65536", Some(100_000)),
-            ("0:1000:1,1:100000:65535", Some(1000)),
-            ("1:100000:65535,0:7:1", Some(7)),
-            ("1:100000:65535", None),
-            ("0:1000", None),
-            ("0:1000:0", None),
-            ("0:4294967295:2", None),
-            ("0:-1:5", None),
-            ("0:1000:1,upperdir=/etc", None),
-            ("", None),
-        ] {
-            assert_eq!(root_of(mapping).ok(), expected, "{mapping:?}");
-        }
     }
 
     #[test]

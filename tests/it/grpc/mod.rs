@@ -191,8 +191,13 @@ impl Stage {
         let (snapshots, _) = Snapshots::open(store, SnapshotsConfig { sync: false }).unwrap();
         let snapshots = Arc::new(snapshots);
         let window = Arc::new(Window(Arc::clone(&self.world)));
-        let options =
-            NodeOptions { prepare_timeout: Duration::from_secs(1), fill: None, links: self.path("f"), xino: true };
+        let options = NodeOptions {
+            prepare_timeout: Duration::from_secs(1),
+            fill: None,
+            links: self.path("f"),
+            mapped: self.path("m"),
+            xino: true,
+        };
         let node = Node::new(Arc::clone(&snapshots), window.clone(), window, options, self.runtime.handle().clone());
         let node = node.unwrap();
         let calls = Arc::<Calls>::default();

@@ -213,32 +213,6 @@ fn served_layers_are_staged_where_their_parents_are_not_known() {
     assert_eq!(option(&mounts, "lowerdir"), Path::new(&format!("{0}/2:{0}/1", stage.path("l").display())));
 }
 
-/// containerd passes on the labels that it knows, and replaces all with them if it is not told which.
-#[test]
-fn what_this_program_notes_is_nobody_elses_to_change() {
-    const NOTED: &str = "headstart.test";
-    let stage = Stage::new();
-    stage.offer("sha256:c0", 0);
-    let label = [(SNAPSHOT_REF, "sha256:c0"), (NOTED, "forged"), ("headstart.other", "forged")];
-    assert_code(stage.prepare_with("default/1/x", "", &label), Code::AlreadyExists);
-    let container = stage.prepare_with("default/2/container", "sha256:c0", &[(NOTED, "forged")]).unwrap();
-    assert_eq!(stage.stat("default/2/container").unwrap().labels, super::owned(&[]));
-    for fields in [&[][..], &["labels"], &["labels.x", "labels.headstart.test", "labels.headstart.other"]] {
-        let known =
-            super::owned(&[(SNAPSHOT_REF, "sha256:c0"), ("x", "y"), (NOTED, "forged"), ("headstart.other", "z")]);
-        let info = Info { name: "sha256:c0".to_owned(), labels: known, ..Info::default() };
-        let updated = stage.update(info, fields).unwrap();
-        let expected = super::owned(&[(SNAPSHOT_REF, "sha256:c0"), ("x", "y"), (NOTED, "sha256:c0")]);
-        assert_eq!(updated.labels, expected, "{fields:?}");
-    }
-    // So the layer is there again after a restart.
-    stage.stop();
-    wait_until("the dead one's layers are gone", || stage.held().is_empty());
-    stage.start();
-    assert_eq!(stage.held(), [LayerSlot(1)]);
-    assert_eq!(stage.mounts("default/2/container").unwrap(), container);
-}
-
 #[test]
 fn what_cannot_be_served_is_brought_by_containerd() {
     let stage = Stage::new();
@@ -387,47 +361,84 @@ fn usage_is_honest_and_is_measured_once() {
     assert!(layer.size < 100_000, "{layer:?}");
 }
 
+const UID: &str = "containerd.io/snapshot/uidmapping";
+const GID: &str = "containerd.io/snapshot/gidmapping";
+
+fn owner(path: &Path) -> (u32, u32) {
+    let found = fs::metadata(path).unwrap();
+    (found.uid(), found.gid())
+}
+
 #[test]
 fn containers_of_a_user_namespace() {
-    const UID: &str = "containerd.io/snapshot/uidmapping";
-    const GID: &str = "containerd.io/snapshot/gidmapping";
+    let stage = Stage::new();
+    let mounts = stage.prepare("default/1/x", "");
+    fs::write(Path::new(&mounts[0].source).join("file"), "of the image").unwrap();
+    std::os::unix::fs::chown(Path::new(&mounts[0].source).join("file"), Some(5), Some(6)).unwrap();
+    stage.commit("default/2/image", "default/1/x");
+    let mapping = [(UID, "0:100000:65536"), (GID, "0:200000:65536")];
+    // This snapshotter is declared to map: containerd leaves the files as they are.
+    let key = "default/3/mapped";
+    let mounts = stage.prepare_with(key, "default/2/image", &mapping).unwrap();
+    assert!(!mounts[0].options.iter().any(|option| option.contains("idmap=")), "mapped twice: {mounts:?}");
+    assert_eq!(owner(option(&mounts, "upperdir")), (100_000, 200_000));
+    let lower = option(&mounts, "lowerdir").to_owned();
+    assert_eq!((owner(&lower), owner(&lower.join("file"))), ((100_000, 200_000), (100_005, 200_006)));
+    assert_eq!(stage.mounts(key).unwrap(), mounts);
+    // They are made again for whoever asks after a restart, and go with the snapshot.
+    stage.stop();
+    assert!(!lower.exists());
+    stage.start();
+    assert_eq!(stage.mounts(key).unwrap(), mounts);
+    assert_eq!(owner(&lower.join("file")), (100_005, 200_006));
+    stage.remove(key).unwrap();
+    assert!(!lower.exists());
+    // Nothing below: nothing to map, and its directory is root's.
+    let mounts = stage.prepare_with("default/3/empty", "", &mapping).unwrap();
+    assert_eq!(written(&mounts), format!("bind {} rw rbind", mounts[0].source));
+    assert_eq!(owner(Path::new(&mounts[0].source)), (100_000, 200_000));
+    // What an image says of the layers that it is made of is not followed.
+    let hostile = [(SNAPSHOT_REF, "sha256:none"), (UID, "0:100000:65536"), (GID, "nonsense")];
+    let mounts = stage.prepare_with("default/3/extract", "default/2/image", &hostile).unwrap();
+    assert_eq!(owner(option(&mounts, "upperdir")), (0, 0));
+    assert_eq!(owner(&option(&mounts, "lowerdir").join("file")), (5, 6));
+}
+
+#[test]
+fn files_that_containerd_gave_to_a_user_namespace_stay_as_they_are() {
     let stage = Stage::new();
     stage.prepare("default/1/x", "");
     stage.commit("default/2/image", "default/1/x");
     let mapping = [(UID, "0:100000:65536"), (GID, "0:200000:65536")];
-    let owner = |mounts: &[Mount]| {
-        let found = fs::metadata(option(mounts, "upperdir")).unwrap();
-        (found.uid(), found.gid())
-    };
-    // This snapshotter is declared to map: containerd leaves the files as they are, and mounts with these options.
-    let mounts = stage.prepare_with("default/3/mapped", "default/2/image", &mapping).unwrap();
-    assert_eq!(mounts[0].options[..2], ["uidmap=0:100000:65536", "gidmap=0:200000:65536"]);
-    assert_eq!(owner(&mounts), (100_000, 200_000));
-    // It is not: containerd changes the files itself, in a snapshot of its own.
+    // This snapshotter is not declared to map: containerd changes the files itself, in a snapshot of its own.
     let mounts = stage.prepare_with("default/4/sha256:id-remap", "default/2/image", &[]).unwrap();
-    assert!(!mounts[0].options.iter().any(|option| option.starts_with("uidmap")), "{mounts:?}");
     std::os::unix::fs::chown(option(&mounts, "upperdir"), Some(100_000), Some(200_000)).unwrap();
     stage.commit_with("default/5/sha256:id", "default/4/sha256:id-remap", "", &[]).unwrap();
     let mounts = stage.prepare_with("default/6/container", "default/5/sha256:id", &mapping).unwrap();
-    assert!(!mounts[0].options.iter().any(|option| option.contains("idmap=")), "mapped twice: {mounts:?}");
-    assert_eq!(owner(&mounts), (100_000, 200_000));
+    assert_eq!(owner(option(&mounts, "upperdir")), (100_000, 200_000));
+    let lowers = option(&mounts, "lowerdir").to_str().unwrap().split(':').map(Path::new);
+    assert_eq!(lowers.map(owner).collect::<Vec<_>>(), [(100_000, 200_000), (0, 0)], "{mounts:?}");
     // Who has the root below has it above, mapped or not.
     let mounts = stage.prepare_with("default/7/plain", "default/5/sha256:id", &[]).unwrap();
-    assert_eq!(owner(&mounts), (100_000, 200_000));
+    assert_eq!(owner(option(&mounts, "upperdir")), (100_000, 200_000));
+}
+
+#[test]
+fn mappings_that_make_no_sense_are_refused() {
+    let stage = Stage::new();
+    stage.prepare("default/1/x", "");
+    stage.commit("default/2/image", "default/1/x");
     for wrong in ["0:100000", "5:100000:10", "0:100000:65536,upperdir=/etc", "0:4294967295:9"] {
         let refused = stage.prepare_with("default/8/x", "default/2/image", &[(UID, wrong), (GID, "0:1:1")]);
         assert_code(refused, Code::InvalidArgument);
         assert_code(stage.stat("default/8/x"), Code::NotFound);
-        // A view is mounted, too.
-        let refused = stage.view_with("default/8/x", "default/2/image", &[(UID, wrong)]);
-        assert_code(refused, Code::InvalidArgument);
-        assert_code(stage.stat("default/8/x"), Code::NotFound);
-        // The author of an image is nobody to say who owns what.
-        let key = format!("default/9/extract {wrong}");
-        let mounts = stage.prepare_with(&key, "default/2/image", &[(SNAPSHOT_REF, "sha256:c9"), (UID, wrong)]).unwrap();
-        assert!(!mounts[0].options.iter().any(|option| option.starts_with("uidmap")), "{mounts:?}");
-        assert_eq!(owner(&mounts), (0, 0));
     }
+    assert_code(stage.prepare_with("default/8/x", "default/2/image", &[(UID, "0:1:1")]), Code::InvalidArgument);
+    // It is well said, and the kernel does not do it: an id cannot become two.
+    let twice = [(UID, "0:1:10,5:100:10"), (GID, "0:1:1")];
+    assert_code(stage.prepare_with("default/8/x", "default/2/image", &twice), Code::FailedPrecondition);
+    assert_code(stage.stat("default/8/x"), Code::NotFound);
+    assert_eq!(fs::read_dir(stage.path("m")).into_iter().flatten().count(), 0);
 }
 
 #[test]

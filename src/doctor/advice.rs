@@ -6,17 +6,15 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use super::config::DIFF_SERVICE;
-use crate::grpc::ContainerdVersion;
+use super::version::ContainerdVersion;
 
 /// What the snapshotter is called in containerd's configuration.
 pub const NAME: &str = "headstart";
 
-/// What our differ is called there: an entry of `proxy_plugins` has one type.
-pub(super) const DIFFER: &str = "headstart-diff";
-
-/// containerd's own differ.
-pub(super) const WALKING: &str = "walking";
+/// The capability of layers that are unpacked at once.
+pub(super) const REBASE: &str = "rebase";
+/// The capability of mapping the ids of files.
+pub(super) const REMAP_IDS: &str = "remap-ids";
 
 /// How many layers of an image containerd 2.4 unpacks at once. Its default is 1; more only makes sense with `rebase`.
 const UNPACKS: u32 = 4;
@@ -35,16 +33,32 @@ pub struct Reader<'a> {
     pub root: &'a Path,
     /// This machine's processor, as Go calls it.
     pub architecture: &'a str,
+    /// Whether layers can be shown under the ids of user namespaces here.
+    pub maps_ids: bool,
+}
+
+impl Reader<'_> {
+    /// What the proxy plugin declares, and why.
+    pub(super) fn capabilities(&self) -> Vec<(&'static str, &'static str)> {
+        let rebase = "Layers of one image may be unpacked at once. Not before 2.4: 2.2 and 2.3 then keep only the top layer of a lazy image.";
+        let remap = "The kernel maps owners for user namespaces; else containerd copies the whole image for each. Not with the driver `fuse`.";
+        let rebase = self.version.stages().then_some((REBASE, rebase));
+        let remap = (self.version.has_exports() && self.maps_ids).then_some((REMAP_IDS, remap));
+        rebase.into_iter().chain(remap).collect()
+    }
+}
+
+/// A line that declares `capabilities`.
+pub(super) fn declared<'a>(capabilities: impl IntoIterator<Item = &'a str>) -> String {
+    let quoted: Vec<String> = capabilities.into_iter().map(|name| format!("\"{name}\"")).collect();
+    format!("capabilities = [{}]", quoted.join(", "))
 }
 
 /// What may stand in a file that the main one imports: before 2.0 such a file would take the place of all of CRI's settings.
 pub fn drop_in(reader: &Reader<'_>) -> String {
     match reader.version.merges_plugins() {
         true => file(reader),
-        false => {
-            let differ = if reader.version.has_exports() { differ_plugin(reader) } else { String::new() };
-            format!("version = {}\n\n{}{differ}", file_version(reader), proxy_plugin(reader))
-        }
+        false => format!("version = {}\n\n{}", file_version(reader), proxy_plugin(reader)),
     }
 }
 
@@ -66,13 +80,9 @@ pub fn file(reader: &Reader<'_>) -> String {
     text.push_str("# containerd reads all of this when it starts.\n");
     writeln!(text, "version = {}\n", file_version(reader)).expect("writing to a string never fails");
     text.push_str(&proxy_plugin(reader));
-    if version.has_exports() {
-        text.push('\n');
-        text.push_str(&differ(reader));
-    }
     if version.has_images_plugin() {
         text.push('\n');
-        text.push_str(&unpack_config(reader, DIFFER));
+        text.push_str(&unpack_config(reader));
     }
     text.push('\n');
     text.push_str(&images(reader));
@@ -102,11 +112,12 @@ pub(super) fn proxy_plugin(reader: &Reader<'_>) -> String {
     line(&format!("[proxy_plugins.{NAME}]"));
     line("  type = \"snapshot\"");
     line(&format!("  address = {}", quoted(reader.socket)));
-    if version.stages() {
-        line(
-            "  # Layers of one image may be unpacked at once. Not before 2.4: 2.2 and 2.3 then keep only the top layer of a lazy image.",
-        );
-        line("  capabilities = [\"rebase\"]");
+    let capabilities = reader.capabilities();
+    for (_, why) in &capabilities {
+        line(&format!("  # {why}"));
+    }
+    if !capabilities.is_empty() {
+        line(&format!("  {}", declared(capabilities.into_iter().map(|(name, _)| name))));
     }
     if version.has_exports() {
         line(&format!("  [proxy_plugins.{NAME}.exports]"));
@@ -120,32 +131,8 @@ pub(super) fn proxy_plugin(reader: &Reader<'_>) -> String {
     text
 }
 
-/// The differ, and who asks it.
-pub(super) fn differ(reader: &Reader<'_>) -> String {
-    differ_plugin(reader) + &diff_service()
-}
-
-/// The differ's entry of `proxy_plugins`.
-fn differ_plugin(reader: &Reader<'_>) -> String {
-    let address = quoted(reader.socket);
-    format!(
-        "# Layers that containerd downloads become EROFS images as well, all of an image at once. Without it containerd applies them, and\n\
-         # the differ is \"{WALKING}\" everywhere: that is for kernels without EROFS.\n\
-         [proxy_plugins.{DIFFER}]\n  type = \"diff\"\n  address = {address}\n"
-    )
-}
-
-/// Who is asked to apply a layer by clients and by CRI without the transfer service.
-pub(super) fn diff_service() -> String {
-    format!(
-        "# Who is asked in turn, by all but the transfer service. Layers of other snapshotters are left to containerd.\n\
-         [plugins.\"{DIFF_SERVICE}\"]\n  default = [\"{DIFFER}\", \"{WALKING}\"]\n"
-    )
-}
-
-/// What the transfer service has to know (containerd 2), if `differ` is to apply layers for this snapshotter: it asks no other
-/// one.
-pub(super) fn unpack_config(reader: &Reader<'_>, differ: &str) -> String {
+/// What the transfer service has to know (containerd 2).
+pub(super) fn unpack_config(reader: &Reader<'_>) -> String {
     const PLUGIN: &str = "plugins.'io.containerd.transfer.v1.local'";
     let Reader { version, architecture, .. } = *reader;
     let mut text = String::new();
@@ -159,22 +146,22 @@ pub(super) fn unpack_config(reader: &Reader<'_>, differ: &str) -> String {
         line("  # So many layers of an image at once; the default is 1.");
         line(&format!("  max_concurrent_unpacks = {UNPACKS}"));
     }
-    let mut entry = |why: Option<&str>, platform: &str, snapshotter: &str, differ: &str| {
+    let mut entry = |why: Option<&str>, platform: &str, snapshotter: &str| {
         if let Some(why) = why {
             line(&format!("  # {why}"));
         }
         line(&format!("  [[{PLUGIN}.unpack_config]]"));
         line(&format!("    platform = \"{platform}\""));
         line(&format!("    snapshotter = \"{snapshotter}\""));
-        line(&format!("    differ = \"{differ}\""));
+        line("    differ = \"walking\"");
     };
     if version.knows_erofs_layers() {
         let why = "Images that have nothing but EROFS layers; before 2.3 such layers were none.";
-        entry(Some(why), &format!("linux(+erofs)/{architecture}"), NAME, differ);
+        entry(Some(why), &format!("linux(+erofs)/{architecture}"), NAME);
     }
     let plain = format!("linux/{architecture}");
-    entry(None, &plain, NAME, differ);
-    entry(Some("A list replaces the default, which is this:"), &plain, "overlayfs", WALKING);
+    entry(None, &plain, NAME);
+    entry(Some("A list replaces the default, which is this:"), &plain, "overlayfs");
     text
 }
 
@@ -224,6 +211,7 @@ mod tests {
             socket: Path::new("/run/head\"start/headstart.sock"),
             root: Path::new("/var/lib/headstart"),
             architecture: "amd64",
+            maps_ids: file_version.is_none(),
         };
         toml::from_str(&file(&reader)).unwrap()
     }
@@ -247,16 +235,20 @@ mod tests {
             let proxy = &table["proxy_plugins"][NAME];
             assert_eq!(text(proxy.get("address")), Some("/run/head\"start/headstart.sock"), "{version}");
             assert_eq!(text(proxy.get("type")), Some("snapshot"), "{version}");
-            assert_eq!(proxy.get("capabilities").is_some(), rebase, "{version}");
+            let capabilities = |table: &toml::Table| -> Vec<String> {
+                let all = table["proxy_plugins"][NAME].get("capabilities").and_then(toml::Value::as_array).cloned();
+                all.unwrap_or_default().iter().map(|one| one.as_str().unwrap().to_owned()).collect()
+            };
+            let declared = |on: &[(bool, &str)]| -> Vec<String> {
+                on.iter().filter(|(on, _)| *on).map(|(_, name)| (*name).to_owned()).collect()
+            };
+            assert_eq!(capabilities(&table), declared(&[(rebase, REBASE), (exports, REMAP_IDS)]), "{version}");
+            assert_eq!(capabilities(&advised(version, Some(3))), declared(&[(rebase, REBASE)]), "{version}");
             let exported = proxy.get("exports");
             assert_eq!(text(exported.and_then(|e| e.get("root"))).is_some(), exports, "{version}");
             let switch = text(exported.and_then(|e| e.get("enable_remote_snapshot_annotations")));
             assert_eq!(switch, annotations.then_some("true"), "{version}");
             let plugins = &table["plugins"];
-            let differ = table["proxy_plugins"].get(DIFFER);
-            assert_eq!(text(differ.and_then(|differ| differ.get("type"))), exports.then_some("diff"), "{version}");
-            let asked = plugins.get(DIFF_SERVICE).map(|service| service["default"].as_array().unwrap().len());
-            assert_eq!(asked, exports.then_some(2), "{version}");
             let cri = match version.starts_with('1') {
                 true => &plugins["io.containerd.grpc.v1.cri"]["containerd"],
                 false => &plugins["io.containerd.cri.v1.images"],
@@ -267,10 +259,6 @@ mod tests {
             let entries = plugins.get("io.containerd.transfer.v1.local").map(|transfer| {
                 assert_eq!(transfer.get("max_concurrent_unpacks").is_some(), rebase, "{version}");
                 let entries = transfer["unpack_config"].as_array().unwrap();
-                for entry in entries {
-                    let expected = if text(entry.get("snapshotter")) == Some(NAME) { DIFFER } else { WALKING };
-                    assert_eq!(text(entry.get("differ")), Some(expected), "{version}");
-                }
                 entries.iter().map(|entry| entry["platform"].as_str().unwrap()).collect::<Vec<_>>()
             });
             assert_eq!(entries.unwrap_or_default(), platforms, "{version}");
@@ -286,11 +274,11 @@ mod tests {
                 socket: Path::new("/s"),
                 root: Path::new("/r"),
                 architecture: "arm64",
+                maps_ids: true,
             };
             let table: toml::Table = toml::from_str(&drop_in(&reader)).unwrap();
             assert_eq!(table.contains_key("plugins"), all, "{version}");
             assert!(table["proxy_plugins"].get(NAME).is_some(), "{version}");
-            assert_eq!(table["proxy_plugins"].get(DIFFER).is_some(), version != "1.6.20", "{version}");
         }
     }
 

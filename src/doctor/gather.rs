@@ -13,20 +13,20 @@ use super::advice::NAME;
 use super::config::NodeConfig;
 use super::containerd::{ContainerdFacts, Ours};
 use super::node::{Answer, DaemonFacts, DiskFacts, KernelFacts, LoginFacts, NodeFacts, PlaceFacts};
-use crate::control;
+use super::version::ContainerdVersion;
 use crate::control::Client;
 use crate::daemon::config::{Config, RegistryConfig};
 use crate::daemon::host::left_behind;
-use crate::daemon::left::is_kept;
 use crate::daemon::mounts::Mounts;
 use crate::daemon::place;
-use crate::drivers::{Capabilities, Capability};
-use crate::grpc::{Containerd, ContainerdVersion, snapshotter_answers};
+use crate::drivers::{Capabilities, Capability, Driver, Wanted};
 use crate::oci::Platform;
 use crate::registry::faulty_hosts;
+use crate::sys::idmap::try_mapped_overlay;
 use crate::sys::loopdev::LoopDevice;
 use crate::sys::mount::mount_table;
 use crate::sys::stack::has_file_system;
+use crate::{control, grpc};
 
 /// Most bytes of a configuration file; real ones have some kilobytes.
 const FILE_LIMIT: u64 = 1 << 20;
@@ -52,7 +52,8 @@ pub struct Whereabouts {
 /// What was attempted and why it failed, as a sentence. None if there is no containerd.
 pub fn ask_version(socket: &Path, runtime: &Handle) -> Option<Result<ContainerdVersion, String>> {
     if socket.exists()
-        && let Ok(version) = runtime.block_on(async { Containerd::at(socket).version().await })
+        && let Ok(said) = runtime.block_on(grpc::containerd_version(socket))
+        && let Ok(version) = said.parse()
     {
         return Some(Ok(version));
     }
@@ -108,9 +109,17 @@ pub(super) fn ours(config: &Config, whereabouts: &Whereabouts) -> Ours {
         socket: config.containerd.socket.clone(),
         root: config.root.clone(),
         architecture: Platform::host().architecture,
+        maps_ids: maps_ids(config),
         certs_d: config.registry.certs_d.clone(),
         file: whereabouts.config.clone(),
     }
+}
+
+/// Whether layers of this configuration can be shown under the ids of user namespaces on this machine.
+pub fn maps_ids(config: &Config) -> bool {
+    let places = [config.root.clone(), std::env::temp_dir()];
+    let Some(scratch) = places.iter().find(|place| place.is_dir()) else { return false };
+    config.containerd.driver != Wanted::Driver(Driver::Fuse) && try_mapped_overlay(scratch).is_ok()
 }
 
 pub(super) fn node(config: &Config, whereabouts: &Whereabouts, runtime: &Handle) -> NodeFacts {
@@ -218,14 +227,13 @@ fn daemon(config: &Config, whereabouts: &Whereabouts, runtime: &Handle) -> Daemo
             Err(error) => Answer::Silent(format!("{:#}", anyhow::Error::new(error))),
         });
     let snapshotter = whereabouts.snapshotter.clone().filter(|_| holder.is_some()).map(|socket| {
-        let answer = match runtime.block_on(snapshotter_answers(&socket)) {
+        let answer = match runtime.block_on(grpc::snapshotter_answers(&socket)) {
             Ok(()) => Answer::Ready,
             Err(why) => Answer::Silent(why),
         };
         (socket, answer)
     });
     DaemonFacts {
-        kept: holder.is_none() && is_kept(&config.run),
         pid: holder.map(|holder| holder.pid),
         control,
         snapshotter,

@@ -10,6 +10,7 @@ mod containerd;
 mod finding;
 mod gather;
 mod node;
+mod version;
 
 use tokio::runtime::Handle;
 
@@ -17,7 +18,8 @@ use crate::daemon::config::Config;
 
 pub use advice::{NAME, Reader, drop_in as containerd_drop_in, file as containerd_config};
 pub use finding::{Finding, Remedy, Severity};
-pub use gather::{Whereabouts, ask_version, main_file_version};
+pub use gather::{Whereabouts, ask_version, main_file_version, maps_ids};
+pub use version::{ContainerdVersion, VersionError};
 
 /// Looks at everything.
 pub fn examine(config: &Config, whereabouts: &Whereabouts, runtime: &Handle) -> Vec<Finding> {

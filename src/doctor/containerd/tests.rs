@@ -9,6 +9,7 @@ fn ours() -> Ours {
         socket: "/run/headstart/headstart.sock".into(),
         root: "/var/lib/headstart".into(),
         architecture: "amd64".into(),
+        maps_ids: true,
         certs_d: vec!["/etc/containerd/certs.d".into()],
         file: "/etc/headstart/config.toml".into(),
     }
@@ -36,6 +37,7 @@ fn advised(version: &str) -> String {
         socket: &ours.socket,
         root: &ours.root,
         architecture: &ours.architecture,
+        maps_ids: ours.maps_ids,
     })
 }
 
@@ -84,11 +86,7 @@ fn each_mistake_has_its_finding() {
     };
     let address = "address = \"/run/headstart/headstart.sock\"";
     let table = [
-        (
-            "1.7.24",
-            proxy("1.7.24", address, "address = '/run/other.sock'"),
-            vec!["Must containerd.proxy", "Must containerd.differ"],
-        ),
+        ("1.7.24", proxy("1.7.24", address, "address = '/run/other.sock'"), vec!["Must containerd.proxy"]),
         ("1.7.24", proxy("1.7.24", "type = \"snapshot\"", "type = 'snapshotter'"), vec!["Must containerd.proxy"]),
         ("1.7.24", proxy("1.7.24", "root = \"/var/lib/headstart\"", ""), vec!["Should containerd.exports"]),
         ("1.7.24", proxy("1.7.24", "/var/lib/headstart", "/var/lib/other"), vec!["Should containerd.exports"]),
@@ -105,7 +103,7 @@ fn each_mistake_has_its_finding() {
         (
             "1.6.20",
             proxy("1.6.20", "version = 2", "version = 2\n[proxy_plugins.d]\ntype = 'diff'"),
-            vec!["Must containerd.differ"],
+            vec!["Must containerd.proxy"],
         ),
         ("1.7.24", proxy("1.7.24", "version = 2", "version = 2\n[proxy_plugins.d]\ntype = 'diff'"), vec![]),
         (
@@ -119,19 +117,11 @@ fn each_mistake_has_its_finding() {
             vec!["Must containerd.unpack"],
         ),
         ("2.1.9", proxy("2.1.9", "linux/amd64", "linux/arm64"), vec!["Must containerd.unpack"]),
-        // Whoever leaves the differ out leaves it out everywhere, or the transfer service does not start.
-        (
-            "2.1.9",
-            proxy("2.1.9", "[proxy_plugins.headstart-diff]", "[proxy_plugins.other]"),
-            vec!["Must containerd.unpack"],
-        ),
-        ("2.1.9", proxy("2.1.9", "headstart-diff", "other"), vec![]),
-        ("1.7.24", proxy("1.7.24", "default = [\"headstart-diff\", \"walking\"]", ""), vec![]),
         ("2.3.4", proxy("2.3.4", "linux(+erofs)/amd64", "linux/arm64"), vec!["Should containerd.unpack"]),
-        ("2.1.9", proxy("2.1.9", "type =", "capabilities = ['rebase']\ntype ="), vec!["Should containerd.rebase"]),
-        ("2.2.7", proxy("2.2.7", "type =", "capabilities = ['rebase']\ntype ="), vec!["Must containerd.rebase"]),
-        ("2.3.4", proxy("2.3.4", "type =", "capabilities = ['rebase']\ntype ="), vec!["Must containerd.rebase"]),
-        ("2.4.0", proxy("2.4.0", "capabilities = [\"rebase\"]", ""), vec!["Should containerd.rebase"]),
+        ("2.1.9", proxy("2.1.9", "\"remap-ids\"", "'rebase', 'remap-ids'"), vec!["Should containerd.rebase"]),
+        ("2.2.7", proxy("2.2.7", "\"remap-ids\"", "'remap-ids', 'rebase'"), vec!["Must containerd.rebase"]),
+        ("2.3.4", proxy("2.3.4", "\"remap-ids\"", "'rebase'"), vec!["Must containerd.rebase"]),
+        ("2.4.0", proxy("2.4.0", "capabilities = [\"rebase\", \"remap-ids\"]", ""), vec!["Should containerd.rebase"]),
         // The old switch: CRI pulls locally then, and tells what it should.
         (
             "2.1.9",
@@ -235,38 +225,21 @@ fn without_version_or_file_there_is_a_word_about_it() {
     assert_eq!(complaints(&broken), ["Must containerd.config", "Should containerd.config"]);
 }
 
-/// What is said of who applies layers, and of who asks.
 #[test]
-fn who_applies_layers_is_told() {
-    let said = |version: &str, text: &str| -> Vec<(Severity, &'static str, bool)> {
-        let findings = examine(&facts(version, &[("/etc/containerd/config.toml", text)]), &ours());
-        let about = |finding: &Finding| matches!(finding.check, "containerd.differ" | "containerd.unpack");
-        let told = |finding: Finding| (finding.severity, finding.check, finding.remedy.is_some());
-        findings.into_iter().filter(about).map(told).collect()
-    };
-    let (good, note) = (Severity::Good, Severity::Note);
-    let without = |version: &str| advised(version).replace("type = \"diff\"", "type = 'content'");
-    for (version, text, expected) in [
-        ("1.6.20", advised("1.6.20"), vec![]),
-        ("1.7.24", advised("1.7.24"), vec![(good, "containerd.differ", false)]),
-        ("1.7.24", without("1.7.24"), vec![(note, "containerd.differ", true)]),
-        (
-            "1.7.24",
-            advised("1.7.24").replace("default = [\"headstart-diff\", ", "default = ["),
-            vec![(note, "containerd.differ", true)],
-        ),
-        ("2.1.9", advised("2.1.9"), vec![(good, "containerd.differ", false), (good, "containerd.unpack", false)]),
-        (
-            "2.1.9",
-            advised("2.1.9").replace("differ = \"headstart-diff\"", "differ = 'walking'"),
-            vec![(good, "containerd.differ", false), (note, "containerd.unpack", true)],
-        ),
-        (
-            "2.1.9",
-            without("2.1.9").replace("differ = \"headstart-diff\"", "differ = 'walking'"),
-            vec![(note, "containerd.differ", true), (good, "containerd.unpack", false)],
-        ),
+fn who_changes_owners_is_told() {
+    for (version, maps_ids, declared, expected) in [
+        ("2.1.9", true, "", Some(Severity::Note)),
+        ("2.1.9", true, "capabilities = ['remap-ids']", None),
+        ("2.1.9", false, "", None),
+        ("2.1.9", false, "capabilities = ['remap-ids']", Some(Severity::Should)),
+        ("1.7.24", true, "", Some(Severity::Note)),
+        ("1.6.20", true, "", None),
     ] {
-        assert_eq!(said(version, &text), expected, "{version}\n{text}");
+        let file = format!("[proxy_plugins.headstart]\n{declared}\ntype = 'snapshot'");
+        let facts = facts(version, &[("/etc/containerd/config.toml", &file)]);
+        let ours = Ours { maps_ids, ..ours() };
+        let findings = examine(&facts, &ours);
+        let found = findings.iter().find(|finding| finding.check == "containerd.remap-ids");
+        assert_eq!(found.map(|finding| finding.severity), expected, "{version} {maps_ids} {declared}");
     }
 }

@@ -83,15 +83,7 @@ impl Default for Told {
 impl Told {
     /// Of a layer that is finished.
     pub(crate) fn known(below: Below) -> Self {
-        let told = Self::default();
-        told.tell(below);
-        told
-    }
-
-    /// Tells those above that the layer is finished.
-    pub(crate) fn tell(&self, below: Below) {
-        self.image.send_replace(Some(below));
-        self.root.send_replace(Some(Root::InImage));
+        Self { image: watch::Sender::new(Some(below)), root: watch::Sender::new(Some(Root::InImage)) }
     }
 
     /// For those above.

@@ -191,8 +191,7 @@ fn mounts_of_a_killed_daemon_are_told_and_brought_back_by_the_next() {
     let status = stage.status();
     assert_eq!(status.len(), 2);
     for mount in &status {
-        // Somebody keeps the connection, or the kernel needs none.
-        assert!(["kept", "alone"].contains(&mount["state"].as_str().unwrap()), "{mount}");
+        assert_eq!(mount["state"], "dead", "{mount}");
     }
     let before = registry.requests().len();
 

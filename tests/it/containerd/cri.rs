@@ -7,10 +7,11 @@ use headstart::grpc::connect;
 use headstart::grpc::proto::runtime::v1::image_service_client::ImageServiceClient;
 use headstart::grpc::proto::runtime::v1::runtime_service_client::RuntimeServiceClient;
 use headstart::grpc::proto::runtime::v1::{
-    ContainerConfig, ContainerMetadata, CreateContainerRequest, ExecSyncRequest, ImageSpec, LinuxPodSandboxConfig,
-    LinuxSandboxSecurityContext, NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata,
-    PullImageRequest, RemoveImageRequest, RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest,
-    StopPodSandboxRequest, VersionRequest,
+    AuthConfig, ContainerConfig, ContainerMetadata, CreateContainerRequest, ExecSyncRequest, IdMapping, ImageSpec,
+    LinuxContainerConfig, LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext,
+    NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata, PullImageRequest, RemoveImageRequest,
+    RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest, StopPodSandboxRequest, UserNamespace,
+    VersionRequest,
 };
 use tonic::Status;
 use tonic::transport::Channel;
@@ -76,6 +77,14 @@ impl Cri {
         self.wait(self.images().pull_image(request)).map(|answer| answer.image_ref)
     }
 
+    /// The same as a kubelet with a pull secret does it.
+    pub(super) fn pull_with(&self, image: &str, username: &str, password: &str) -> Result<String, Status> {
+        let (username, password) = (username.to_owned(), password.to_owned());
+        let auth = Some(AuthConfig { username, password, ..AuthConfig::default() });
+        let request = PullImageRequest { image: spec(image), auth, ..PullImageRequest::default() };
+        self.wait(self.images().pull_image(request)).map(|answer| answer.image_ref)
+    }
+
     pub(super) fn remove_image(&self, image: &str) -> Result<(), Status> {
         self.wait(self.images().remove_image(RemoveImageRequest { image: spec(image) })).map(drop)
     }
@@ -83,8 +92,19 @@ impl Cri {
     /// A pod without a network of its own.
     pub(super) fn run_pod(&self, name: &str) -> Result<Pod, Status> {
         let network = NamespaceOption { network: NamespaceMode::Node.into(), ..NamespaceOption::default() };
-        let context =
-            LinuxSandboxSecurityContext { namespace_options: Some(network), ..LinuxSandboxSecurityContext::default() };
+        self.run_pod_in(name, network)
+    }
+
+    /// A pod whose root is another user and another group of this machine, with a network of its own.
+    pub(super) fn run_pod_as(&self, name: &str, user: u32, group: u32) -> Result<Pod, Status> {
+        let ids = |host_id| vec![IdMapping { host_id, container_id: 0, length: 65536 }];
+        let users = UserNamespace { mode: NamespaceMode::Pod.into(), uids: ids(user), gids: ids(group) };
+        self.run_pod_in(name, NamespaceOption { userns_options: Some(users), ..NamespaceOption::default() })
+    }
+
+    fn run_pod_in(&self, name: &str, namespaces: NamespaceOption) -> Result<Pod, Status> {
+        let namespace_options = Some(namespaces);
+        let context = LinuxSandboxSecurityContext { namespace_options, ..LinuxSandboxSecurityContext::default() };
         let metadata = PodSandboxMetadata {
             name: name.to_owned(),
             uid: name.to_owned(),
@@ -100,7 +120,15 @@ impl Cri {
 
     /// A container in a pod, started.
     pub(super) fn run_container(&self, pod: &Pod, image: &str, command: &[&str]) -> Result<String, Status> {
+        // Its namespaces are those of the pod.
+        let context = pod.config.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
+        let context = LinuxContainerSecurityContext {
+            namespace_options: context.and_then(|context| context.namespace_options.clone()),
+            ..LinuxContainerSecurityContext::default()
+        };
+        let linux = LinuxContainerConfig { security_context: Some(context), ..LinuxContainerConfig::default() };
         let config = ContainerConfig {
+            linux: Some(linux),
             metadata: Some(ContainerMetadata { name: "main".to_owned(), ..ContainerMetadata::default() }),
             image: spec(image),
             command: words(command),

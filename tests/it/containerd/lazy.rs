@@ -6,7 +6,7 @@ use super::stage::{Fetched, K8S, OURS, Stage, Twin, Version};
 
 /// Nobody fetched a layer of the original, nobody a whole layer of the twin, and containerd none at all.
 #[track_caller]
-fn assert_lazy(fetched: &[Fetched], twin: &Twin) {
+pub(super) fn assert_lazy(fetched: &[Fetched], twin: &Twin) {
     let names = |digests: &[String], read: &Fetched| digests.iter().any(|digest| read.path.ends_with(digest.as_str()));
     for read in fetched {
         assert!(!names(&twin.layers, read), "a layer of the original was fetched: {read:?}");
@@ -18,7 +18,7 @@ fn assert_lazy(fetched: &[Fetched], twin: &Twin) {
 }
 
 /// What was fetched of converted layers.
-fn bytes_of(fetched: &[Fetched], twin: &Twin) -> u64 {
+pub(super) fn bytes_of(fetched: &[Fetched], twin: &Twin) -> u64 {
     let reads = fetched.iter().filter(|read| twin.converted.iter().any(|digest| read.path.ends_with(digest.as_str())));
     reads.map(|read| read.bytes).sum()
 }

@@ -4,11 +4,13 @@
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{LazyLock, Mutex};
 
+use base64::Engine as _;
 use headstart::sys::mount::{Unmount, mount_table, unmount};
 use headstart::tar::decompress::Compression;
 use headstart::testkit::layouts::{TestLayer, write_layout};
@@ -18,7 +20,7 @@ use serde_json::Value;
 use super::container::{Container, Seen};
 use super::cri::Cri;
 use crate::cli::stage::{Stage as Program, reference, wait_until};
-use crate::registry_real::{Process, Registry};
+use crate::registry_real::{Process, Registry, htpasswd};
 use crate::transport::skopeo;
 
 /// The name of our snapshotter in every configuration.
@@ -65,6 +67,38 @@ impl Version {
     }
 }
 
+/// What is not as in most tests.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Setup<'a> {
+    /// What stands below `[containerd]` in our configuration.
+    pub(super) settings: &'a str,
+    /// Who applies the layers of our snapshots.
+    pub(super) differ: &'static str,
+    /// Our snapshotter is declared to map ids.
+    pub(super) maps_ids: bool,
+    /// The registry wants [`PASSWORD`], see [`Stage::forget_the_password`].
+    pub(super) password: bool,
+}
+
+impl Default for Setup<'_> {
+    fn default() -> Self {
+        Self { settings: "[fill]\nenabled = false\n", differ: "walking", maps_ids: false, password: false }
+    }
+}
+
+/// The user and the password of [`Setup::password`].
+pub(super) const PASSWORD: [&str; 2] = ["me", "hunter2"];
+
+/// A network of pods that has an address and nothing else, as CNI wants to be told of it.
+const NETWORK: &str = r#"#!/bin/sh
+version=$(sed -n 's/.*"cniVersion": *"\([^"]*\)".*/\1/p')
+case $CNI_COMMAND in
+VERSION) echo '{"cniVersion": "1.0.0", "supportedVersions": ["0.3.1", "0.4.0", "1.0.0"]}' ;;
+ADD) echo "{\"cniVersion\": \"$version\", \"interfaces\": [{\"name\": \"$CNI_IFNAME\", \"sandbox\": \"$CNI_NETNS\"}],
+  \"ips\": [{\"version\": \"4\", \"interface\": 0, \"address\": \"127.0.0.9/8\"}]}" ;;
+esac
+"#;
+
 /// Who fetched how much of what, as the registry saw it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Fetched {
@@ -101,35 +135,29 @@ pub(super) struct Stage {
     program: Program,
     /// Who applies the layers of our snapshots.
     differ: &'static str,
+    /// Our snapshotter is declared to map ids.
+    maps_ids: bool,
 }
 
 impl Stage {
     /// Everything runs: containerd with our snapshotter, our daemon and the registry.
     pub(super) fn new(version: Version) -> Self {
-        Self::with(version, "[fill]\nenabled = false\n")
-    }
-
-    /// The same with `settings` in our configuration.
-    pub(super) fn with(version: Version, settings: &str) -> Self {
-        Self::build(version, settings, "walking")
+        Self::build(version, &Setup::default())
     }
 
     /// The same with our diff service.
     pub(super) fn applying(version: Version) -> Self {
-        Self::build(version, "[fill]\nenabled = false\n", OUR_DIFFER)
+        Self::build(version, &Setup { differ: OUR_DIFFER, ..Setup::default() })
     }
 
-    /// From now on our diff service is asked, as after a change of containerd's configuration.
-    pub(super) fn apply_from_now_on(&mut self) {
-        self.stop_containerd();
-        self.differ = OUR_DIFFER;
-        fs::write(self.path("containerd.toml"), self.configuration()).unwrap();
-        self.start_containerd();
-    }
-
-    fn build(version: Version, settings: &str, differ: &'static str) -> Self {
+    /// The same as `setup` says.
+    pub(super) fn build(version: Version, setup: &Setup<'_>) -> Self {
+        let Setup { settings, differ, maps_ids, password } = *setup;
         let program = Program::new();
-        let registry = Registry::start(&program.make("registry"), "");
+        let place = program.make("registry");
+        // containerd would keep the roots of user namespaces out.
+        program.make("c");
+        let registry = Registry::start(&place, &if password { htpasswd(&place) } else { String::new() });
         let at = |name: &str| program.path(name);
         let text = format!(
             "run = {:?}\n[registry]\ncerts_d = [{:?}]\ndocker_config = {:?}\n[containerd]\naddress = {:?}\n{settings}",
@@ -142,7 +170,16 @@ impl Stage {
         let hosts = at("certs.d").join(registry.host());
         fs::create_dir_all(&hosts).unwrap();
         fs::write(hosts.join("hosts.toml"), hosts_of(&registry.host())).unwrap();
-        let stage = Self { version, containerd: Mutex::default(), daemon: Mutex::default(), registry, program, differ };
+        if password {
+            let login = base64::engine::general_purpose::STANDARD.encode(PASSWORD.join(":"));
+            let text = format!("{{\"auths\": {{\"{}\": {{\"auth\": \"{login}\"}}}}}}", registry.host());
+            fs::write(at("docker-config.json"), text).unwrap();
+        }
+        let (containerd, daemon) = (Mutex::default(), Mutex::default());
+        let stage = Self { version, containerd, daemon, registry, program, differ, maps_ids };
+        if maps_ids {
+            stage.write_network();
+        }
         fs::write(stage.path("containerd.toml"), stage.configuration()).unwrap();
         stage.start_daemon();
         stage.start_containerd();
@@ -151,6 +188,22 @@ impl Stage {
 
     pub(super) fn path(&self, name: &str) -> PathBuf {
         self.program.path(name)
+    }
+
+    /// Nobody on this machine knows the registry's password from now on.
+    pub(super) fn forget_the_password(&self) {
+        fs::remove_file(self.path("docker-config.json")).unwrap();
+    }
+
+    fn write_network(&self) {
+        let place = self.path("c/cni");
+        fs::create_dir_all(&place).unwrap();
+        let network = r#"{"cniVersion": "0.4.0", "name": "tests", "plugins": [{"type": "nothing"}]}"#;
+        fs::write(place.join("10-tests.conflist"), network).unwrap();
+        for name in ["nothing", "loopback"] {
+            fs::write(place.join(name), NETWORK).unwrap();
+            fs::set_permissions(place.join(name), fs::Permissions::from_mode(0o755)).unwrap();
+        }
     }
 
     /// What `docs` tell an operator to write, for a machine without a network of containers and without privileges over
@@ -167,6 +220,11 @@ impl Stage {
              [plugins.\"io.containerd.internal.v1.opt\"]\npath = {opt}\n\
              [proxy_plugins.{OURS}]\ntype = \"snapshot\"\naddress = {ours}\n"
         );
+        let common = match (self.maps_ids, self.version) {
+            // 1.6 does not know the key.
+            (true, Version::V1_7 | Version::V2_1) => format!("{common}capabilities = [\"remap-ids\"]\n"),
+            _ => common,
+        };
         let differ = self.differ;
         let common = match differ {
             // `ctr` of 1.7 and the runtime interface ask one differ after the other.
@@ -272,6 +330,13 @@ impl Stage {
         lines[lines.len().saturating_sub(40)..].join("\n")
     }
 
+    /// All that our daemons and containerd have ever said.
+    pub(super) fn whole_logs(&self) -> String {
+        let paths = |name: &'static str| (0..).map(move |number| self.path(&format!("{name}-{number}.log")));
+        let of = |name| paths(name).map_while(|path| fs::read_to_string(path).ok()).collect::<String>();
+        of("daemon") + &of("containerd")
+    }
+
     pub(super) fn logs(&self) -> String {
         format!("our daemon said:\n{}\ncontainerd said:\n{}", self.log("daemon"), self.log("containerd"))
     }
@@ -298,6 +363,11 @@ impl Stage {
 
     pub(super) fn cri(&self) -> Cri {
         Cri::of(&self.path("c/sock"))
+    }
+
+    /// The same with images by way of our proxy.
+    pub(super) fn cri_proxy(&self) -> Cri {
+        Cri::of(&self.path("run/cri.sock"))
     }
 
     /// Pulls through the runtime interface: into [`K8S`], with our snapshotter.
@@ -349,6 +419,13 @@ impl Stage {
         committed.map(|snapshot| snapshot["layer"]["anchor"].as_str().map(str::to_owned)).collect()
     }
 
+    /// What is known of the snapshots of ours that are layers.
+    pub(super) fn layers(&self) -> Vec<Value> {
+        let known: Value = serde_json::from_str(&self.program.ok(&["--json", "snapshots"])).unwrap();
+        let snapshots = known["snapshots"].as_array().expect("it is a list");
+        snapshots.iter().filter(|snapshot| snapshot["layer"].is_object()).cloned().collect()
+    }
+
     /// Fails unless everything is gone that images and containers left, once all of them are removed.
     #[track_caller]
     pub(super) fn assert_bare(&self, namespaces: &[&str]) {
@@ -376,8 +453,19 @@ impl Stage {
         let layout = self.path(&format!("layout-{name}"));
         write_layout(&layout, &layers).unwrap();
         let image = self.image(name);
-        skopeo(&["copy", "-q", "--dest-tls-verify=false", &reference(&layout), &format!("docker://{image}")]);
+        let to = format!("docker://{image}");
+        self.skopeo(&["copy", "-q", "--dest-tls-verify=false", &reference(&layout), &to]);
         image
+    }
+
+    /// With the password that whoever publishes has.
+    fn skopeo(&self, arguments: &[&str]) -> String {
+        let logins = self.path("docker-config.json").display().to_string();
+        let (command, rest) = arguments.split_first().expect("there is a command");
+        match Path::new(&logins).exists() {
+            true => skopeo(&[&[*command, "--authfile", &logins][..], rest].concat()),
+            false => skopeo(arguments),
+        }
     }
 
     /// Pushes an image of gzip layers, and an index of it and of its converted form under the tag `twin`. Returns both
@@ -387,7 +475,7 @@ impl Stage {
         let lazy = format!("{}/{name}:twin", self.registry.host());
         self.program.ok(&["convert", "--append", &format!("docker://{plain}"), &format!("docker://{lazy}")]);
         let raw = |image: &str| -> Value {
-            let text = skopeo(&["inspect", "--tls-verify=false", "--raw", &format!("docker://{image}")]);
+            let text = self.skopeo(&["inspect", "--tls-verify=false", "--raw", &format!("docker://{image}")]);
             serde_json::from_str(&text).unwrap()
         };
         let digests = |manifest: &Value| -> Vec<String> {
@@ -407,15 +495,28 @@ impl Stage {
     }
 
     pub(super) fn try_start(&self, namespace: &str, snapshotter: &str, image: &str) -> Result<Container<'_>, String> {
+        self.try_start_with(namespace, snapshotter, image, &["--net-host"])
+    }
+
+    /// The same with other options of `ctr run`.
+    pub(super) fn try_start_with(
+        &self,
+        namespace: &str,
+        snapshotter: &str,
+        image: &str,
+        options: &[&str],
+    ) -> Result<Container<'_>, String> {
         // The runtime's own state and the control groups are everybody's.
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let id = format!("headstart-it-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let out = self.path(&format!("out-{id}"));
         fs::create_dir(&out).unwrap();
+        // Whoever is root in the container.
+        fs::set_permissions(&out, fs::Permissions::from_mode(0o777)).unwrap();
         // The runtime mounts an empty file system on /run: nothing of the image changes.
         let mount = format!("type=bind,src={},dst=/run/out,options=rbind:rw", out.display());
-        let words = ["run", "--detach", "--net-host", "--snapshotter", snapshotter, "--mount", &mount, image, &id];
-        self.ctr(&[&["-n", namespace], &words[..], &["sleep", "100000"]].concat())?;
+        let run = ["-n", namespace, "run", "--detach", "--snapshotter", snapshotter, "--mount", &mount];
+        self.ctr(&[&run[..], options, &[image, &id, "sleep", "100000"]].concat())?;
         Ok(Container { stage: self, namespace: namespace.to_owned(), id })
     }
 

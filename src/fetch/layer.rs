@@ -3,27 +3,25 @@
 use std::fmt;
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, PoisonError, Weak};
 use std::time::Instant;
 
 use tokio::sync::watch;
 
 use super::counters::{Counting, add};
 use super::origins::Origins;
+use super::pieces::Chunked;
 use super::queue::{Key, LayerId};
-use super::readahead::{Around, Reach, ReadAhead};
-use super::recent::{ChunkBits, Recent};
+use super::readahead::Reach;
 use super::shared::Shared;
-use super::slowest::{SlowRead, Slowest};
+use super::slowest::SlowRead;
 use super::standing::Standing;
-use super::verify::Hashing;
 use super::waiter::Waiter;
 use super::whole::Whole;
 use super::{Cause, Counters, FetchError, LayerSpec};
-use crate::chunked::ChunkIndex;
-use crate::model::{Algorithm, BlobDigest, ByteRange, DiffId, ReadAt, ReadAtError};
-use crate::store::{Anchor, BlobFile, StoreError, Verdict};
+use crate::model::{BlobDigest, ByteRange, DiffId, ReadAt, ReadAtError};
+use crate::store::{Anchor, BlobFile, StoreError};
 
 /// A layer image whose bytes come when they are wanted.
 ///
@@ -47,158 +45,6 @@ pub struct LayerImage {
 pub(super) enum Body {
     Chunked(Box<Chunked>),
     Whole(Whole),
-}
-
-/// A layer that can be had in pieces.
-pub(super) struct Chunked {
-    pub(super) index: Arc<ChunkIndex>,
-    pub(super) tail: Tail,
-    pub(super) file: Arc<BlobFile>,
-    /// A bit for each chunk that a reader has reached.
-    touched: ChunkBits,
-    /// A bit for each chunk that came because somebody might read it, before anybody did.
-    guessed: ChunkBits,
-    /// Which chunks should stay when room is needed.
-    pub(super) recent: Recent,
-    slowest: Slowest,
-    ahead: Mutex<ReadAhead>,
-    around: Option<Mutex<Around>>,
-    /// Every chunk below the lower half was present when as many evictions had been counted as the upper half says.
-    complete_below: AtomicU64,
-    /// The whole is being verified, or it is known what it hashes to.
-    pub(super) verifying: AtomicBool,
-    /// The last try to verify the whole broke off.
-    pub(super) verify_failed: AtomicBool,
-    /// Fills that are not finished.
-    pub(super) filling: AtomicU32,
-    /// How far the whole has been hashed.
-    pub(super) hashing: Hashing,
-}
-
-/// What the diffID covers behind the image: the index at the end of a raw blob (specification, section 5.2).
-pub(super) enum Tail {
-    Nothing,
-    Bytes(Box<[u8]>),
-    /// Something that was not fetched, so that the whole cannot be verified.
-    Unknown,
-}
-
-const LOWER_HALF: u64 = 0xffff_ffff;
-
-/// How far a layer is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum LayerState {
-    /// Chunks come when they are read.
-    Lazy,
-    /// The rest is being fetched.
-    Filling,
-    /// All of it is here and has been verified as a whole.
-    Local,
-}
-
-/// A layer as a person wants to see it.
-#[derive(Debug, Clone)]
-pub struct LayerStatus {
-    /// The blob.
-    pub blob: BlobDigest,
-    /// What the image says the layer is.
-    pub diff_id: DiffId,
-    /// True if it was a tar and was unpacked.
-    pub is_tar: bool,
-    /// How far it is.
-    pub state: LayerState,
-    /// What is known of it as a whole.
-    pub standing: Standing,
-    /// Number of chunks; 0 for a layer that is read from start to end.
-    pub chunks: u32,
-    /// How many of them are here.
-    pub present: u32,
-    /// Size of the image in bytes, as far as it is known.
-    pub bytes: u64,
-    /// How many of them are here.
-    pub bytes_present: u64,
-    /// What the whole was found to hash to, if that is not what the image says.
-    pub contradiction: Option<DiffId>,
-    /// Stored bytes that came because somebody might read them, background fills not counted.
-    pub prefetched: u64,
-    /// How many of those nobody has read so far.
-    pub wasted: u64,
-    /// The reads that waited longest, the longest first.
-    pub slowest: Vec<SlowRead>,
-    /// What it has cost.
-    pub counters: Counters,
-}
-
-impl Chunked {
-    pub(super) fn new(
-        index: Arc<ChunkIndex>,
-        tail: Tail,
-        file: Arc<BlobFile>,
-        read_ahead: u64,
-        diff_id: Algorithm,
-    ) -> Self {
-        let chunks = index.len();
-        Self {
-            index,
-            tail,
-            touched: ChunkBits::new(chunks),
-            guessed: ChunkBits::new(chunks),
-            recent: Recent::new(chunks, file.evictions()),
-            file,
-            slowest: Slowest::default(),
-            ahead: Mutex::new(ReadAhead::new(read_ahead)),
-            around: (read_ahead > 0).then(Mutex::default),
-            complete_below: AtomicU64::new(0),
-            verifying: AtomicBool::new(false),
-            verify_failed: AtomicBool::new(false),
-            filling: AtomicU32::new(0),
-            hashing: Hashing::new(diff_id),
-        }
-    }
-
-    fn chunk_size(&self, chunk: u32) -> u64 {
-        self.index.chunk(chunk).map_or(0, |chunk| chunk.image.len())
-    }
-
-    /// Takes note that `chunk` came because of a guess.
-    pub(super) fn guessed(&self, chunk: u32) {
-        if !self.touched.has(chunk) {
-            self.guessed.set(chunk);
-        }
-    }
-
-    /// Stored bytes that came because of guesses, and how many of them nobody has read.
-    fn guesses(&self) -> (u64, u64) {
-        let (mut all, mut wasted) = (0, 0);
-        for chunk in (0..self.index.len()).filter(|chunk| self.guessed.has(*chunk)) {
-            let len = self.index.chunk(chunk).map_or(0, |chunk| chunk.blob.len());
-            all += len;
-            wasted += if self.touched.has(chunk) { 0 } else { len };
-        }
-        (all, wasted)
-    }
-
-    /// True if every chunk is present. Costs nothing for the chunks that were found present before, unless some were evicted.
-    pub(super) fn is_complete(&self) -> bool {
-        let evictions = self.file.evictions() << 32;
-        let seen = self.complete_below.load(Ordering::Relaxed);
-        let mut below = if seen & !LOWER_HALF == evictions { seen & LOWER_HALF } else { 0 };
-        let len = u64::from(self.index.len());
-        while below < len && u32::try_from(below).is_ok_and(|chunk| self.file.is_present(chunk)) {
-            below += 1;
-        }
-        self.complete_below.store(evictions | below, Ordering::Relaxed);
-        below == len
-    }
-
-    pub(super) fn start_over(&self) {
-        self.complete_below.store(0, Ordering::Relaxed);
-    }
-
-    fn bytes_present(&self) -> u64 {
-        (0..self.index.len()).filter(|chunk| self.file.is_present(*chunk)).map(|chunk| self.chunk_size(chunk)).sum()
-    }
 }
 
 impl LayerImage {
@@ -370,60 +216,6 @@ impl LayerImage {
     /// What it has cost so far.
     pub fn counters(&self) -> Counters {
         self.counting.snapshot()
-    }
-
-    /// How far it is.
-    pub fn state(&self) -> LayerState {
-        match &self.body {
-            Body::Whole(whole) => whole.state(),
-            Body::Chunked(chunked) => match chunked.file.verdict() {
-                Verdict::Verified(diff_id) if diff_id == self.spec.diff_id && chunked.is_complete() => {
-                    LayerState::Local
-                }
-                _ if chunked.filling.load(Ordering::Relaxed) > 0 => LayerState::Filling,
-                _ => LayerState::Lazy,
-            },
-        }
-    }
-
-    /// Everything there is to say about it. Looks at every chunk.
-    pub fn status(&self) -> LayerStatus {
-        let (chunks, present, bytes, bytes_present, verdict) = match &self.body {
-            Body::Whole(whole) => {
-                let (bytes, present) = whole.progress(&self.spec);
-                (0, 0, bytes, present, Verdict::Unverified)
-            }
-            Body::Chunked(chunked) => (
-                chunked.index.len(),
-                chunked.file.present_count(),
-                chunked.index.image_size(),
-                chunked.bytes_present(),
-                chunked.file.verdict(),
-            ),
-        };
-        let (prefetched, wasted) = self.chunked().map_or((0, 0), Chunked::guesses);
-        let contradiction = match verdict {
-            Verdict::Verified(found) | Verdict::Quarantined(found) | Verdict::Contradicted(found) => {
-                (found != self.spec.diff_id).then_some(found)
-            }
-            Verdict::Unverified => None,
-        };
-        LayerStatus {
-            blob: self.spec.blob,
-            diff_id: self.claimed_diff_id(),
-            is_tar: self.tar.is_some(),
-            state: self.state(),
-            standing: self.standing.borrow().clone(),
-            chunks,
-            present,
-            bytes,
-            bytes_present,
-            contradiction,
-            prefetched,
-            wasted,
-            slowest: self.chunked().map(|chunked| chunked.slowest.list()).unwrap_or_default(),
-            counters: self.counters(),
-        }
     }
 
     pub(super) fn chunked(&self) -> Option<&Chunked> {

@@ -11,8 +11,9 @@ use tokio::time::timeout;
 
 use super::counters::{Counting, add};
 use super::cpu::Urgency;
-use super::layer::{Body, Chunked, Tail};
+use super::layer::Body;
 use super::origins::Origins;
+use super::pieces::{Chunked, Tail};
 use super::shared::Shared;
 use super::whole::Whole;
 use super::{Cause, FetchError, LayerImage, LayerSpec, Standing, TarLayer};

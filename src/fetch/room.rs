@@ -13,7 +13,8 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 
 use super::counters::add;
-use super::layer::{Body, Chunked};
+use super::layer::Body;
+use super::pieces::Chunked;
 use super::queue::{Key, LayerId};
 use super::shared::Shared;
 use super::{LayerImage, Standing};

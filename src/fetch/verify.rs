@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::SystemTime;
 
 use super::cpu::Urgency;
-use super::layer::{Chunked, Tail};
+use super::pieces::{Chunked, Tail};
 use super::{FetchError, LayerImage, Standing};
 use crate::model::{Algorithm, DiffId, Hasher};
 use crate::store::{StoreError, Verdict};

@@ -196,7 +196,7 @@ impl BlobFile {
         }
         {
             let _nothing_goes = self.lock_for_writing()?;
-            if self.is_going(chunk) {
+            if self.is_going(chunk) && !self.settle_abandoned()? {
                 return Ok(false);
             }
             self.disk

@@ -21,7 +21,7 @@ use std::sync::PoisonError;
 use std::sync::atomic::{Ordering, fence};
 use std::time::Duration;
 
-use super::{BlobFile, IMAGE, LIVE, META, META_LIMIT, PRESENT, read_present};
+use super::{BlobFile, GUARD, IMAGE, LIVE, META, META_LIMIT, PRESENT, read_present};
 use crate::model::ByteRange;
 use crate::store::StoreError;
 use crate::store::bits::{self, GOING, NOT_THERE, THERE};
@@ -206,6 +206,14 @@ impl BlobFile {
             }
         }
         Ok(())
+    }
+
+    /// The same if whoever was about to evict them is dead, which is the answer. Whoever calls this writes.
+    pub(super) fn settle_abandoned(&self) -> Result<bool, StoreError> {
+        // Who evicts has the guard to the end.
+        let Some(_guard) = self.try_lock_file(GUARD)? else { return Ok(false) };
+        self.settle_interrupted()?;
+        Ok(true)
     }
 
     /// What is written down of the image.

@@ -120,13 +120,18 @@ impl<F: FnOnce() + Send> Disk for Before<F> {
     }
 }
 
-/// The image on a real disk, on which `before` happens before the first hole.
-fn open_with(store: &Store, before: impl FnOnce() + Send + 'static) -> Arc<BlobFile> {
+/// The image on another disk, which is made of the real one.
+fn open_on<D: Disk + 'static>(store: &Store, disk: impl FnOnce(fs::File) -> D) -> Arc<BlobFile> {
     let place = store.place(&spec().blob, spec().anchor);
     let image = fs::OpenOptions::new().read(true).write(true).open(place.join("image")).unwrap();
     let opened = BlobFile::open(&place, &spec().blob, spec().anchor, store.boot, &store.syncer).unwrap();
     let blob::Opened::There(file) = opened else { panic!("the image is there") };
-    Arc::new(file.with_disk(Box::new(Before(image, Mutex::new(Some(before))))))
+    Arc::new(file.with_disk(Box::new(disk(image))))
+}
+
+/// The image on a real disk, on which `before` happens before the first hole.
+fn open_with(store: &Store, before: impl FnOnce() + Send + 'static) -> Arc<BlobFile> {
+    open_on(store, |image| Before(image, Mutex::new(Some(before))))
 }
 
 fn copy(from: &Path, to: &Path) {
@@ -196,6 +201,27 @@ fn what_is_going_is_neither_read_nor_written() {
 }
 
 #[test]
+fn what_a_dead_process_left_as_going_is_written_under_those_who_have_it_open() {
+    let root = TempDir::new().unwrap();
+    let store = store_at(&root, 1);
+    let file = store.blob(&spec(), b"index").unwrap();
+    (0..CHUNKS).for_each(|chunk| write(&file, chunk));
+    let place = store.place(&spec().blob, spec().anchor);
+    let live = fs::OpenOptions::new().write(true).open(place.join("live")).unwrap();
+    for chunk in [2, 3] {
+        live.write_all_at(&[bits::GOING], bits::live_offset(chunk) as u64).unwrap();
+    }
+    // As long as he lives he holds the guard.
+    let alive = FileLock::acquire(&place.join("guard"), LockMode::Exclusive).unwrap();
+    assert!(!file.write_chunk(2, 2 * CHUNK as u64, &content(2)).unwrap());
+    drop(alive);
+    write(&file, 2);
+    assert_present(&file, &[0, 1, 2, 4, 5, 6, 7, 8]);
+    write(&file, 3);
+    assert_present(&file, &(0..CHUNKS).collect::<Vec<_>>());
+}
+
+#[test]
 fn a_disk_without_holes_loses_marks_and_nothing_else() {
     #[derive(Debug)]
     struct NoHoles(fs::File);
@@ -216,11 +242,7 @@ fn a_disk_without_holes_loses_marks_and_nothing_else() {
     let root = TempDir::new().unwrap();
     let store = store_at(&root, 1);
     drop(store.blob(&spec(), b"index").unwrap());
-    let place = store.place(&spec().blob, spec().anchor);
-    let image = fs::OpenOptions::new().read(true).write(true).open(place.join("image")).unwrap();
-    let opened = BlobFile::open(&place, &spec().blob, spec().anchor, store.boot, &store.syncer).unwrap();
-    let blob::Opened::There(file) = opened else { panic!("the image is there") };
-    let file = Arc::new(file.with_disk(Box::new(NoHoles(image))));
+    let file = open_on(&store, NoHoles);
     (0..CHUNKS).for_each(|chunk| write(&file, chunk));
     assert!(matches!(file.punch(&victims([1, 2])), Err(StoreError::Io { .. })));
     assert_present(&file, &[0, 3, 4, 5, 6, 7, 8]);

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 
 /// What may pass at once after a pause, in time: short enough that nobody feels it, long enough for a chunk.
@@ -19,24 +20,37 @@ pub(super) struct Limit {
     rate: AtomicU64,
     /// When everything that was let pass so far will have passed at this rate.
     until: Mutex<Option<Instant>>,
+    changed: Notify,
 }
 
 impl Limit {
     pub(super) fn new(rate: Option<u64>) -> Self {
-        let limit = Self { rate: AtomicU64::new(0), until: Mutex::new(None) };
+        let limit = Self { rate: AtomicU64::new(0), until: Mutex::new(None), changed: Notify::new() };
         limit.set(rate);
         limit
     }
 
-    /// Counts for what comes from now on; who waits already waits as long as was said.
+    /// Counts from now on, also for who waits already: a limit that was much too low does not last.
     pub(super) fn set(&self, rate: Option<u64>) {
-        self.rate.store(rate.map_or(0, |rate| rate.max(1)), Ordering::Relaxed);
+        let rate = rate.map_or(0, |rate| rate.max(1));
+        if self.rate.swap(rate, Ordering::Relaxed) != rate {
+            *self.until.lock().unwrap_or_else(PoisonError::into_inner) = None;
+            self.changed.notify_waiters();
+        }
     }
 
     /// Waits until `bytes` may pass.
     pub(super) async fn pass(&self, bytes: u64) {
-        if let Some(begin) = self.turn(bytes, Instant::now()) {
-            sleep_until(begin).await;
+        loop {
+            let changed = self.changed.notified();
+            tokio::pin!(changed);
+            // From here on no change is missed.
+            changed.as_mut().enable();
+            let Some(begin) = self.turn(bytes, Instant::now()) else { return };
+            tokio::select! {
+                () = sleep_until(begin) => return,
+                () = changed => {}
+            }
         }
     }
 
@@ -57,6 +71,8 @@ impl Limit {
 
 #[cfg(test)]
 mod tests {
+    use futures::FutureExt as _;
+
     use super::*;
 
     #[test]
@@ -85,5 +101,20 @@ mod tests {
         assert_eq!(limit.turn(u64::MAX, now), None);
         assert_eq!(Limit::new(None).turn(u64::MAX, now), None);
         assert!(Limit::new(Some(1)).turn(u64::MAX, now).is_none(), "what comes first waits for nothing");
+    }
+
+    #[test]
+    fn another_limit_counts_for_those_who_wait() {
+        for other in [None, Some(u64::MAX)] {
+            let limit = Limit::new(Some(1));
+            limit.pass(u64::MAX).now_or_never().expect("what comes first waits for nothing");
+            let mut waits = Box::pin(limit.pass(1_000_000));
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+            runtime.block_on(async {
+                assert!((&mut waits).now_or_never().is_none());
+                limit.set(other);
+                waits.await;
+            });
+        }
     }
 }

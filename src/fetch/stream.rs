@@ -7,7 +7,7 @@
 
 use std::io::{self, Read};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -48,6 +48,8 @@ pub(super) struct Streaming<'a> {
     pub(super) attempt: u32,
     /// Why; who waits has a connection of those who wait.
     pub(super) cause: Cause,
+    /// Somebody waits for it by now: it goes on with the connection that it has, as fast as it comes.
+    pub(super) demanded: &'a AtomicBool,
     pub(super) counting: &'a Counting,
 }
 
@@ -169,11 +171,11 @@ impl Streaming<'_> {
                 Ok(Err(_)) => return End::Over,
                 Err(_) => return End::Rest(piece),
             }
-            if self.cause == Cause::Fill {
+            if self.cause == Cause::Fill && !self.demanded.load(Ordering::Relaxed) {
                 self.shared.fill_limit.pass(len).await;
             }
             step += len;
-            if !self.cause.is_demand() && step >= STEP {
+            if !self.cause.is_demand() && !self.demanded.load(Ordering::Relaxed) && step >= STEP {
                 step = 0;
                 let mut demand = self.shared.demand.subscribe();
                 // The others may take longer: nobody waits for ever.
@@ -215,7 +217,8 @@ pub(super) fn open(
     let task = shared.runtime.spawn(async move {
         let counting = Counting::default();
         let (shared, source, cause) = (&shared_too, &*source, Cause::Fill);
-        let streaming = Streaming { shared, source, blob, size, attempt, cause, counting: &counting };
+        let (counting, demanded) = (&counting, &AtomicBool::new(false));
+        let streaming = Streaming { shared, source, blob, size, attempt, cause, demanded, counting };
         if let Err(error) = streaming.run(&AtomicU64::new(0), &sender).await {
             // Nobody may be there any more to hear it.
             drop(failed.send(error));

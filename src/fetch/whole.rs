@@ -1,6 +1,6 @@
 //! Layers that can only be had from start to end: streamed once into the store, verified, then served.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::SystemTime;
 
@@ -25,13 +25,16 @@ const ATTEMPTS: u32 = 2;
 pub(super) struct Whole {
     file: OnceLock<Arc<BlobFile>>,
     received: AtomicU64,
+    /// Somebody reads: what was begun as a fill is one no more.
+    demanded: AtomicBool,
     /// Who waits; none while nobody fetches.
     waiting: Mutex<Option<Vec<Arc<Waiter>>>>,
 }
 
 impl Whole {
     pub(super) const fn new() -> Self {
-        Self { file: OnceLock::new(), received: AtomicU64::new(0), waiting: Mutex::new(None) }
+        let (received, demanded) = (AtomicU64::new(0), AtomicBool::new(false));
+        Self { file: OnceLock::new(), received, demanded, waiting: Mutex::new(None) }
     }
 
     pub(super) fn ready(file: Arc<BlobFile>) -> Self {
@@ -86,6 +89,7 @@ impl Whole {
             let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
             // Looked at again: whoever fetched sets the file before it takes the list away.
             if self.file().is_none() {
+                self.demanded.fetch_or(cause.is_demand(), Ordering::Relaxed);
                 let first = waiting.is_none();
                 waiting.get_or_insert_default().push(Arc::clone(&waiter));
                 first
@@ -112,7 +116,11 @@ struct Promise {
 impl Drop for Promise {
     fn drop(&mut self) {
         let super::layer::Body::Whole(whole) = &self.layer.body else { return };
-        let waiters = whole.waiting.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let waiters = {
+            let mut waiting = whole.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+            whole.demanded.store(false, Ordering::Relaxed);
+            waiting.take()
+        };
         let blob = self.layer.spec.blob;
         let result = self.result.take().unwrap_or_else(|| Err(Arc::new(FetchError::Abandoned { blob })));
         for waiter in waiters.into_iter().flatten() {
@@ -164,7 +172,7 @@ async fn fetch(
     let of_worker = Arc::clone(layer);
     let worker = layer.shared.runtime.spawn_blocking(move || unpack(&of_worker, pieces));
     let (shared, source, size, counting) = (&layer.shared, &layer.source, layer.spec.blob_size, &layer.counting);
-    let streaming = Streaming { shared, source, blob, size, attempt, cause, counting };
+    let streaming = Streaming { shared, source, blob, size, attempt, cause, demanded: &whole.demanded, counting };
     let streamed = streaming.run(&whole.received, &sender).await;
     drop(sender);
     // The worker's complaint comes first: it is why nobody took the rest of the stream.

@@ -137,3 +137,16 @@ fn streams_keep_to_the_bandwidth_of_fills() {
     // Three MiB at two a second, and what may pass at once.
     assert!(begin.elapsed() >= Duration::from_millis(1_400), "{:?}", begin.elapsed());
 }
+
+#[test]
+fn who_reads_a_layer_that_is_being_filled_does_not_wait_for_the_bandwidth_of_fills() {
+    let stage = Stage::new(FetchConfig { fill_bandwidth: Some(1000), ..plain() });
+    let mut layer = TestLayer::new(&[50_000; 10], Compression::Zstd);
+    layer.spec.index = None;
+    let image = stage.open(&layer);
+    image.fill(|_| ());
+    until("the fill is under way", || !stage.source.asked().is_empty());
+    // All of it at the fill's pace would take four minutes.
+    assert_eq!(read(&image, 0, layer.image.len()).unwrap(), layer.image);
+    assert_eq!(stage.source.asked().len(), 1);
+}

@@ -103,12 +103,15 @@ impl Fill {
 
 impl Drop for Fill {
     fn drop(&mut self) {
+        let failure = self.progress.get_mut().unwrap_or_else(PoisonError::into_inner).failure.take();
         if let Some(layer) = self.layer.upgrade()
             && let Some(chunked) = layer.chunked()
+            && chunked.filling.fetch_sub(1, Ordering::Relaxed) == 1
+            && failure.is_some()
         {
-            chunked.filling.fetch_sub(1, Ordering::Relaxed);
+            // What is held for its turn to be hashed may wait for long, and other layers have use for the room.
+            chunked.hashing.forget(&layer.shared.hold);
         }
-        let failure = self.progress.get_mut().unwrap_or_else(PoisonError::into_inner).failure.take();
         let done = self.done.get_mut().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(done) = done {
             done(failure.map_or(Ok(()), Err));

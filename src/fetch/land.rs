@@ -7,6 +7,7 @@ use super::budget::Permit;
 use super::counters::add;
 use super::cpu::Urgency;
 use super::queue::Key;
+use super::shared::Shared;
 use super::{Cause, FetchError, LayerImage};
 use crate::chunked::{Chunk, decode_chunk};
 use crate::model::BlobSource as _;
@@ -97,10 +98,16 @@ impl Landing {
             FetchError::Corrupt { blob, chunk, origin, source }
         })?;
         add(&counting.chunks, 1);
+        let spare = &layer.shared.spare;
         let written = chunked.file.write_chunk(self.key.chunk, self.chunk.image.start(), out);
-        if !matches!(written, Ok(true)) {
+        match &written {
+            Ok(true) => spare.remove(self.key),
             // What cannot be kept is served all the same.
-            layer.shared.spare.insert(self.key, out);
+            Ok(false) => {
+                spare.insert(self.key, out);
+                spare.refused(self.key);
+            }
+            Err(_) => spare.insert(self.key, out),
         }
         written.or_else(|error| {
             if error.is_full() {
@@ -126,7 +133,31 @@ impl Drop for Landing {
     }
 }
 
+/// Has chunks written that came while their place was being evicted.
+pub(super) fn land_refused(shared: &Arc<Shared>) {
+    for (key, content) in shared.spare.take_refused() {
+        let Some(layer) = shared.layer(key.layer) else { continue };
+        shared.cpu.run(Urgency::Chunk(Cause::Fill), move || layer.land_later(key, &content));
+    }
+}
+
 impl LayerImage {
+    fn land_later(&self, key: Key, content: &[u8]) {
+        let (spare, Some(chunked)) = (&self.shared.spare, self.chunked()) else { return };
+        let Some(chunk) = chunked.index.chunk(key.chunk) else { return };
+        let written = match chunked.file.is_present(key.chunk) {
+            true => Ok(true),
+            false => chunked.file.write_chunk(key.chunk, chunk.image.start(), content),
+        };
+        match written {
+            Ok(true) => spare.remove(key),
+            Ok(false) => spare.refused(key),
+            // It stays where it is: the disk may be full.
+            Err(error) => self.complain_about_store(&error),
+        }
+        self.check_complete();
+    }
+
     /// Says once per layer and reason that the store does not take chunks.
     fn complain_about_store(&self, error: &StoreError) {
         let first = if error.is_full() { &self.said_full } else { &self.said_broken };

@@ -1,6 +1,6 @@
 //! Opens layers: finds the chunk index, in the store or at the source, and the image that it describes.
 
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::SystemTime;
 
@@ -99,6 +99,9 @@ fn assemble(
 ) -> Arc<LayerImage> {
     let id = shared.new_layer_id();
     let standing = standing_of(&body, spec.diff_id);
+    if let Body::Chunked(chunked) = &body {
+        chunked.judged.store(standing.is_over(), Ordering::Release);
+    }
     Arc::new_cyclic(|me| LayerImage {
         me: Weak::clone(me),
         id,

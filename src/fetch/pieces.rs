@@ -13,6 +13,9 @@ use crate::chunked::ChunkIndex;
 use crate::model::Algorithm;
 use crate::store::BlobFile;
 
+#[cfg(doc)]
+use super::Standing;
+
 /// A layer that can be had in pieces.
 pub(super) struct Chunked {
     pub(super) index: Arc<ChunkIndex>,
@@ -29,10 +32,8 @@ pub(super) struct Chunked {
     pub(super) around: Option<Mutex<Around>>,
     /// Every chunk below the lower half was present when as many evictions had been counted as the upper half says.
     complete_below: AtomicU64,
-    /// The whole is being verified, or it is known what it hashes to.
-    pub(super) verifying: AtomicBool,
-    /// The last try to verify the whole broke off.
-    pub(super) verify_failed: AtomicBool,
+    /// It is known what the whole is, or that this cannot be found out for now: see [`Standing::is_over`].
+    pub(super) judged: AtomicBool,
     /// Fills that are not finished.
     pub(super) filling: AtomicU32,
     /// How far the whole has been hashed.
@@ -69,8 +70,7 @@ impl Chunked {
             ahead: Mutex::new(ReadAhead::new(read_ahead)),
             around: (read_ahead > 0).then(Mutex::default),
             complete_below: AtomicU64::new(0),
-            verifying: AtomicBool::new(false),
-            verify_failed: AtomicBool::new(false),
+            judged: AtomicBool::new(false),
             filling: AtomicU32::new(0),
             hashing: Hashing::new(diff_id),
         }
@@ -111,6 +111,8 @@ impl Chunked {
         below == len
     }
 
+    /// Looks at every chunk again the next time. Marks are also taken back without an eviction: by a disk that fails, and by
+    /// who distrusts the copy.
     pub(super) fn start_over(&self) {
         self.complete_below.store(0, Ordering::Relaxed);
     }

@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, PoisonError, Weak};
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
@@ -38,7 +38,7 @@ type Victims = Vec<(u32, ByteRange)>;
 
 pub(super) fn make_room(shared: &Arc<Shared>, wanted: u64, dry_run: bool) -> Result<Room, StoreError> {
     let layers: BTreeMap<LayerId, Arc<LayerImage>> =
-        shared.open_layers().into_iter().map(|layer| (layer.id, layer)).collect();
+        shared.open_layers().iter().filter_map(Weak::upgrade).map(|layer| (layer.id, layer)).collect();
     {
         let mut ranks = shared.ranks();
         ranks.turn(Instant::now());
@@ -156,16 +156,11 @@ impl LayerImage {
 
     /// A layer that is not complete is not local, and is verified anew when it is complete again.
     pub(super) fn is_still_local(&self, chunked: &Chunked) {
-        let was_local = self.standing.send_if_modified(|standing| {
-            let lost = matches!(standing, Standing::Local { .. }) && !chunked.is_complete();
-            if lost {
-                *standing = Standing::Incomplete;
-            }
-            lost
-        });
-        if was_local {
+        let lost = |standing: &Standing| matches!(standing, Standing::Local { .. }) && !chunked.is_complete();
+        if self.stands_no_more(lost) {
             self.hash_from_the_start(chunked);
-            chunked.verifying.store(false, Ordering::Release);
+            // It may have come back meanwhile.
+            self.check_complete();
         }
     }
 }

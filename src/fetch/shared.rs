@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use super::budget::Budget;
 use super::cpu::Cpu;
 use super::flight::{self, FlightGuard};
+use super::land;
 use super::limit::Limit;
 use super::queue::{Flight, Key, LayerId, Layout, Queue};
 use super::recent::Ranks;
@@ -24,7 +25,7 @@ use super::{Cause, FetchConfig, FetchError, LayerImage};
 use crate::chunked::ChunkIndex;
 use crate::store::Store;
 
-/// How often somebody looks for overdue waiters and for background flights that have stalled.
+/// How often somebody looks for overdue waiters, for background flights that have stalled, and for what others have done.
 const SWEEP: Duration = Duration::from_secs(1);
 
 /// How long somebody who waits leaves a chunk to the background flight that brings it. A request of his own takes a round
@@ -159,10 +160,14 @@ impl Shared {
     }
 
     /// The layers that can be had in pieces.
-    pub(super) fn open_layers(&self) -> Vec<Arc<LayerImage>> {
-        let known: Vec<Weak<LayerImage>> =
-            self.lock().layers.known.values().map(|(_, layer)| Weak::clone(layer)).collect();
-        known.iter().filter_map(Weak::upgrade).collect()
+    pub(super) fn open_layers(&self) -> Vec<Weak<LayerImage>> {
+        self.lock().layers.known.values().map(|(_, layer)| Weak::clone(layer)).collect()
+    }
+
+    /// One of them.
+    pub(super) fn layer(&self, id: LayerId) -> Option<Arc<LayerImage>> {
+        let layer = self.lock().layers.known.get(&id).map(|(_, layer)| Weak::clone(layer))?;
+        layer.upgrade()
     }
 
     pub(super) fn new_layer_id(&self) -> LayerId {
@@ -262,7 +267,8 @@ impl Shared {
     }
 }
 
-/// Answers overdue waiters until the fetcher is gone.
+/// Until the fetcher is gone: answers overdue waiters, and finds out what other processes have done to the layers that are
+/// open here. They may have landed the last chunk of one, or evicted one of a layer that was local.
 async fn sweep(shared: Weak<Shared>) {
     loop {
         tokio::time::sleep(SWEEP).await;
@@ -274,5 +280,12 @@ async fn sweep(shared: Weak<Shared>) {
         let overdue: Vec<_> =
             shared.lock().queue.waiters().filter(|waiter| waiter.is_overdue(now)).map(Arc::clone).collect();
         overdue.iter().for_each(|waiter| waiter.expire());
+        land::land_refused(&shared);
+        for layer in shared.open_layers() {
+            // One after the other, and none of them for longer than that takes.
+            if let Some(layer) = layer.upgrade() {
+                layer.check_complete();
+            }
+        }
     }
 }

@@ -4,14 +4,18 @@
 //! called once, at once if it is already. Refuses to know what is then done with a local layer.
 
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use tokio::sync::watch;
 
 use super::layer::Body;
 use super::{FetchError, LayerImage};
 use crate::model::DiffId;
+
+/// How long is waited after a local layer could not be kept from eviction: that is a system without descriptors or locks.
+const AGAIN: Duration = Duration::from_secs(1);
 
 /// What is known of a layer as a whole.
 #[derive(Debug, Clone)]
@@ -34,6 +38,16 @@ pub enum Standing {
     Failed(Arc<FetchError>),
 }
 
+impl Standing {
+    /// True if nothing has to be found out, unless something changes.
+    pub(super) const fn is_over(&self) -> bool {
+        match self {
+            Self::Local { .. } | Self::Contradicted(_) | Self::Unverifiable | Self::Failed(_) => true,
+            Self::Incomplete | Self::Distrusted(_) => false,
+        }
+    }
+}
+
 /// A layer that has become local.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LocalLayer {
@@ -53,6 +67,9 @@ impl LayerImage {
 
     /// True if all of it is here and has been verified. Some of it may go again; see [`LayerImage::local`].
     pub fn is_local(&self) -> bool {
+        if let Some(chunked) = self.chunked() {
+            self.notice_evictions(chunked);
+        }
         matches!(*self.standing.borrow(), Standing::Local { .. })
     }
 
@@ -70,6 +87,7 @@ impl LayerImage {
                     false
                 });
                 if !pinned {
+                    chunked.start_over();
                     self.is_still_local(chunked);
                     return None;
                 }
@@ -108,6 +126,10 @@ impl LayerImage {
                     tracing::error!(%error, "what a local layer was waited for has failed");
                     None
                 });
+                if done.is_some() && matches!(*standing.borrow(), Standing::Local { .. }) {
+                    // It could not be kept from eviction: whoever said so has told why.
+                    tokio::time::sleep(AGAIN).await;
+                }
             }
         });
     }
@@ -133,6 +155,35 @@ impl LayerImage {
     }
 
     pub(super) fn stands(&self, standing: Standing) {
+        let judged = standing.is_over();
+        // Whoever finds it over may make it begin anew: that is to be the last word then.
+        if judged {
+            self.judged(true);
+        }
         self.standing.send_replace(standing);
+        if !judged {
+            self.judged(false);
+        }
+    }
+
+    /// It begins anew, if what it stands at is `over`. True if it did.
+    pub(super) fn stands_no_more(&self, over: impl FnOnce(&Standing) -> bool) -> bool {
+        let begins = self.standing.send_if_modified(|standing| {
+            let over = over(standing);
+            if over {
+                *standing = Standing::Incomplete;
+            }
+            over
+        });
+        if begins {
+            self.judged(false);
+        }
+        begins
+    }
+
+    fn judged(&self, judged: bool) {
+        if let Some(chunked) = self.chunked() {
+            chunked.judged.store(judged, Ordering::Release);
+        }
     }
 }

@@ -58,13 +58,9 @@ impl LayerImage {
     pub fn state(&self) -> LayerState {
         match &self.body {
             Body::Whole(whole) => whole.state(),
-            Body::Chunked(chunked) => match chunked.file.verdict() {
-                Verdict::Verified(diff_id) if diff_id == self.spec.diff_id && chunked.is_complete() => {
-                    LayerState::Local
-                }
-                _ if chunked.filling.load(Ordering::Relaxed) > 0 => LayerState::Filling,
-                _ => LayerState::Lazy,
-            },
+            Body::Chunked(_) if self.is_local() => LayerState::Local,
+            Body::Chunked(chunked) if chunked.filling.load(Ordering::Relaxed) > 0 => LayerState::Filling,
+            Body::Chunked(_) => LayerState::Lazy,
         }
     }
 

@@ -9,6 +9,10 @@
 //! was written, or that index and diffID of the image contradict each other. The first time the copy is distrusted and
 //! every chunk fetched anew; if the same hash comes out again, the image is what contradicts itself: its chunks are
 //! still what its index says, and are served, but the layer never counts as local.
+//!
+//! Nobody's look is lost: whoever lands a chunk marks it before he takes the lock of [`Hashing`], and whoever stops hashing
+//! for want of a chunk has looked at its mark under that lock. What other processes land is found by whoever sweeps, once a
+//! second.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -70,11 +74,13 @@ struct State {
     /// The first chunk that has not been hashed.
     next: u32,
     held: BTreeMap<u32, Vec<u8>>,
+    /// How often hashing has begun at the start: a thread that hashes what was given up since stops.
+    begun: u64,
 }
 
 impl Hashing {
     pub(super) fn new(algorithm: Algorithm) -> Self {
-        Self(Mutex::new(State { hasher: Some(Hasher::new(algorithm)), next: 0, held: BTreeMap::new() }))
+        Self(Mutex::new(State { hasher: Some(Hasher::new(algorithm)), next: 0, held: BTreeMap::new(), begun: 0 }))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -102,22 +108,14 @@ impl LayerImage {
     pub(super) fn check_complete(&self) {
         let Some(chunked) = self.chunked() else { return };
         self.notice_evictions(chunked);
-        if chunked.verifying.load(Ordering::Acquire) || !chunked.is_complete() || matches!(chunked.tail, Tail::Unknown)
-        {
-            return;
-        }
-        if !chunked.verifying.swap(true, Ordering::AcqRel) {
+        if !chunked.judged.load(Ordering::Acquire) && chunked.is_complete() {
             self.hash_on(chunked);
         }
     }
 
     /// The same for a layer whose verification broke off before: reads do not try that again, fills do.
     pub(super) fn verify_again(&self) {
-        let Some(chunked) = self.chunked() else { return };
-        if chunked.verify_failed.swap(false, Ordering::AcqRel) {
-            chunked.verifying.store(false, Ordering::Release);
-            self.stands(Standing::Incomplete);
-        }
+        self.stands_no_more(|standing| matches!(standing, Standing::Failed(_)));
         self.check_complete();
     }
 
@@ -141,19 +139,15 @@ impl LayerImage {
 
     /// Has the chunks hashed whose turn it is, if nobody does that already.
     pub(super) fn hash_on(&self, chunked: &Chunked) {
-        let over = match &*self.standing.borrow() {
-            Standing::Local { .. } | Standing::Contradicted(_) | Standing::Unverifiable | Standing::Failed(_) => true,
-            Standing::Incomplete | Standing::Distrusted(_) => false,
-        };
-        if over || chunked.verify_failed.load(Ordering::Acquire) {
+        if chunked.judged.load(Ordering::Acquire) {
             return;
         }
-        let hasher = {
+        let (hasher, begun) = {
             let mut state = chunked.hashing.lock();
-            if state.can_go_on(chunked) { state.hasher.take() } else { None }
+            (if state.can_go_on(chunked) { state.hasher.take() } else { None }, state.begun)
         };
         if hasher.is_some() {
-            Turn { layer: Weak::clone(&self.me), hasher }.queue(self);
+            Turn { layer: Weak::clone(&self.me), hasher, begun }.queue(self);
         }
     }
 
@@ -183,32 +177,30 @@ impl LayerImage {
                 }
                 Verdict::Contradicted(found) => layer.stands(Standing::Contradicted(found)),
                 Verdict::Quarantined(_) | Verdict::Unverified => {
-                    chunked.start_over();
                     layer.hash_from_the_start(chunked);
-                    chunked.verifying.store(false, Ordering::Release);
                     layer.stands(Standing::Distrusted(found));
                 }
             }
         }));
     }
 
-    /// Chunks were evicted before all of it was verified.
+    /// Chunks went before it was noted that all of it is verified.
     fn begin_anew(&self, chunked: &Chunked) {
         self.hash_from_the_start(chunked);
-        chunked.verifying.store(false, Ordering::Release);
         self.check_complete();
     }
 
     pub(super) fn hash_from_the_start(&self, chunked: &Chunked) {
+        chunked.start_over();
         chunked.hashing.forget(&self.shared.hold);
         let mut state = chunked.hashing.lock();
         state.next = 0;
+        state.begun += 1;
         state.hasher = Some(Hasher::new(self.spec.diff_id.0.algorithm()));
     }
 
     fn verification_failed(&self, chunked: &Chunked, error: FetchError) {
         self.hash_from_the_start(chunked);
-        chunked.verify_failed.store(true, Ordering::Release);
         self.stands(Standing::Failed(Arc::new(error)));
     }
 
@@ -226,10 +218,12 @@ impl LayerImage {
     }
 }
 
-/// The one thread's turn that hashes a layer. Dropped with the hasher inside, hashing begins anew the next time.
+/// The one thread's turn that hashes a layer. Dropped with the hasher inside, hashing has failed.
 struct Turn {
     layer: Weak<LayerImage>,
     hasher: Option<Hasher>,
+    /// See [`State::begun`].
+    begun: u64,
 }
 
 impl Turn {
@@ -244,10 +238,11 @@ impl Turn {
         while hashed < STEP {
             let (chunk, held) = {
                 let mut state = chunked.hashing.lock();
+                if state.begun != self.begun {
+                    return;
+                }
                 if !state.can_go_on(chunked) {
-                    // Whoever lands the next chunk marks it first and looks here then. That all chunks were there is over
-                    // if one was evicted.
-                    chunked.verifying.store(false, Ordering::Release);
+                    // Whoever lands the next chunk marks it first and looks here then.
                     state.hasher = Some(hasher);
                     return;
                 }
@@ -266,17 +261,27 @@ impl Turn {
                     hashed += content.len() as u64;
                     layer.shared.hold.give_back(content);
                 }
-                None => match read_back(chunked, chunk, &mut hasher) {
-                    Ok(Some(len)) => hashed += len,
-                    Ok(None) => return layer.begin_anew(chunked),
-                    Err(source) => {
-                        let (blob, error): (_, &dyn std::error::Error) = (layer.spec.blob, &source);
-                        tracing::warn!(%blob, error, "a complete layer cannot be verified");
-                        return layer.verification_failed(chunked, FetchError::Verify { blob, source });
+                None => {
+                    let before = hasher.clone();
+                    match read_back(chunked, chunk, &mut hasher) {
+                        Ok(Some(len)) => hashed += len,
+                        // It was evicted, and is waited for.
+                        Ok(None) => {
+                            hasher = before;
+                            continue;
+                        }
+                        Err(source) => {
+                            let (blob, error): (_, &dyn std::error::Error) = (layer.spec.blob, &source);
+                            tracing::warn!(%blob, error, "a complete layer cannot be verified");
+                            return layer.verification_failed(chunked, FetchError::Verify { blob, source });
+                        }
                     }
-                },
+                }
             }
-            chunked.hashing.lock().next = chunk + 1;
+            let mut state = chunked.hashing.lock();
+            if state.begun == self.begun {
+                state.next = chunk + 1;
+            }
         }
         self.hasher = Some(hasher);
         self.queue(&layer);
@@ -289,7 +294,7 @@ impl Drop for Turn {
             && let Some(layer) = self.layer.upgrade()
             && let Some(chunked) = layer.chunked()
         {
-            layer.hash_from_the_start(chunked);
+            layer.verification_failed(chunked, FetchError::Abandoned { blob: layer.spec.blob });
         }
     }
 }

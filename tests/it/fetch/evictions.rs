@@ -1,10 +1,13 @@
 //! Chunks that go to make room, under readers and fills.
 
+use std::os::unix::fs::FileExt as _;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use headstart::chunked::Compression;
 use headstart::fetch::{FetchConfig, LayerState, Standing};
+use headstart::store::image_path;
+use headstart::sys::{FileLock, LockMode};
 use headstart::testkit::source::{Answer, Gate, TestLayer};
 use headstart::unpack::{Fill, FillOptions, Persistence, UnpackError};
 
@@ -89,6 +92,51 @@ fn a_layer_that_lost_a_chunk_is_not_local_until_it_is_back() {
     assert!(stage.fetcher.make_room(u64::MAX, false).unwrap().chunks > 0);
 }
 
+/// Waits until whoever watches the layer hears that it is local; nobody asks for anything meanwhile.
+fn becomes_local(stage: &Stage, image: &Arc<LayerImage>) {
+    let mut standing = image.standing();
+    let local = standing.wait_for(|standing| matches!(standing, Standing::Local { .. }));
+    let told = stage.runtime.block_on(async { tokio::time::timeout(PATIENCE, local).await.map(|told| told.is_ok()) });
+    assert_eq!(told, Ok(true));
+}
+
+#[test]
+fn a_layer_that_another_process_completes_is_local_here_as_well() {
+    let root = TempDir::new().unwrap();
+    let test = layer(0);
+    let (stage, other) = (Stage::below(root.path(), plain()), Stage::below(root.path(), plain()));
+    let (here, theirs) = (stage.open(&test), other.open(&test));
+    read(&here, 0, 10).unwrap();
+    assert_eq!(read(&theirs, 0, test.image.len()).unwrap(), test.image);
+    becomes_local(&stage, &here);
+    // And what they evict is missed.
+    let mut standing = here.standing();
+    until("what was read goes", || other.fetcher.make_room(1, false).unwrap().chunks > 0);
+    let lost = standing.wait_for(|standing| matches!(standing, Standing::Incomplete));
+    stage.runtime.block_on(async { tokio::time::timeout(PATIENCE, lost).await.unwrap().unwrap() });
+}
+
+#[test]
+fn a_chunk_that_came_while_its_place_was_evicted_is_kept_in_the_end() {
+    let root = TempDir::new().unwrap();
+    let test = layer(0);
+    let stage = Stage::below(root.path(), plain());
+    let image = stage.open(&test);
+    let place = image_path(root.path(), image.blob(), &image.anchor().to_string()).unwrap();
+    let place = place.parent().unwrap();
+    // Another process evicts chunk 7.
+    let guard = FileLock::acquire(&place.join("guard"), LockMode::Exclusive).unwrap();
+    let live = std::fs::OpenOptions::new().write(true).open(place.join("live")).unwrap();
+    live.write_all_at(&[2], 64 + 8 + 7).unwrap();
+    assert_eq!(read(&image, 0, test.image.len()).unwrap(), test.image);
+    assert_eq!(image.status().present, 19);
+    // It is done, and its lock is given back.
+    live.write_all_at(&[0], 64 + 8 + 7).unwrap();
+    drop(guard);
+    becomes_local(&stage, &image);
+    assert_eq!(std::fs::read(image.local().unwrap().image).unwrap(), test.image);
+}
+
 #[test]
 fn metadata_stays() {
     // What looked at metadata has asked for chunk 4; chunks 0 and 1 lie in the head.
@@ -167,5 +215,8 @@ fn readers_and_fills_and_evictions_together_show_the_right_bytes() {
     for image in &images {
         assert_eq!(read(image, 0, test.image.len()).unwrap(), test.image);
     }
-    until("the layer is local", || images[0].is_local());
+    // Whoever landed the last chunk.
+    for (stage, image) in stages.iter().zip(&images) {
+        becomes_local(stage, image);
+    }
 }

@@ -477,6 +477,9 @@ impl Config {
         if !config.containerd.address.is_absolute() {
             return wrong("containerd.address", "must be an absolute path");
         }
+        if !config.containerd.content.is_absolute() {
+            return wrong("containerd.content", "must be an absolute path");
+        }
         if config.containerd.enabled && !surroundings.is_root {
             return wrong("containerd.enabled", "must be false: only root can serve containerd");
         }
@@ -626,6 +629,7 @@ mod tests {
             "[credentials]\nnamespaces = ['']",
             "[containerd]\nsocket = 'relative'",
             "[containerd]\naddress = 'relative'",
+            "[containerd]\ncontent = 'relative'",
             "[containerd]\nversion = 'new'",
             "[containerd]\nversion = '2'",
             "[containerd]\ndriver = 'fast'",

@@ -10,12 +10,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
-use super::StoreError;
 use super::bits::{self, Bits, BootId, NOT_THERE, Rejected, THERE};
 use super::disk::Disk;
 use super::files::{self, Durability};
 use super::meta::{Anchor, BlobSpec, Meta, Verdict};
 use super::sync::Syncer;
+use super::{PLACE_LEVELS, StoreError};
 use crate::model::{BlobDigest, DiffId};
 use crate::sys::{FileLock, LockMode, SharedBytes};
 
@@ -240,6 +240,7 @@ impl BlobFile {
             // The first marks that last: what they need to be understood has to last as well.
             files::sync_file(&self.dir.join(META))?;
             files::sync_file(&self.dir.join(INDEX))?;
+            files::sync_names(&self.dir, PLACE_LEVELS)?;
         }
         files::replace(&path, &now.to_present(), Durability::Synced)
     }

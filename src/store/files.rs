@@ -56,6 +56,11 @@ pub(super) fn sync_dir(dir: &Path) -> Result<(), StoreError> {
     File::open(dir).and_then(|dir| dir.sync_all()).map_err(|error| StoreError::io("sync", dir, error))
 }
 
+/// Makes the name of `path` last, and those of the directories above it, `levels` in all.
+pub(super) fn sync_names(path: &Path, levels: usize) -> Result<(), StoreError> {
+    path.ancestors().skip(1).take(levels).try_for_each(sync_dir)
+}
+
 /// Makes a file last.
 pub(super) fn sync_file(path: &Path) -> Result<(), StoreError> {
     File::open(path).and_then(|file| file.sync_all()).map_err(|error| StoreError::io("sync", path, error))

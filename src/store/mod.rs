@@ -58,6 +58,9 @@ use sync::Syncer;
 /// The only version of the layout.
 const FORMAT: &str = "headstart store 1\n";
 
+/// Names between `blobs/` and an image: algorithm, digest, anchor.
+const PLACE_LEVELS: usize = 3;
+
 /// Things in `tmp/` that are older than this are left-overs of dead processes, unless somebody holds their lock.
 const LEFT_OVER_AGE: Duration = Duration::from_secs(3600);
 
@@ -227,6 +230,10 @@ impl Store {
         self.syncer.count(writer.size());
         loop {
             let published = writer.publish()?;
+            if published {
+                // Somebody may count on it from now on who cannot bring it again.
+                files::sync_names(writer.place(), PLACE_LEVELS)?;
+            }
             match self.existing(writer.blob(), writer.anchor())? {
                 Some(found) if matches!(found.verdict(), Verdict::Verified(_)) => return Ok(found),
                 // Its marks were damaged, and nobody can tell what of it is there.

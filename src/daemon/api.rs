@@ -103,9 +103,9 @@ impl Served for Api {
             let MountAsked { image, mount_point, platform, upper, driver, no_fill } = asked;
             let (image, platform) = (image.parse()?, platform.map(|platform| platform.parse()).transpose()?);
             let (claiming, upper) = (Arc::clone(&host), upper.as_deref().map(std::path::absolute).transpose()?);
-            let (claim, mount_point) = blocking(move || {
+            let (claim, mount_point, upper) = blocking(move || {
                 let mount_point: PathBuf = mount::check_mount_point(&mount_point)?;
-                Ok((claiming.claim(&mount_point)?, mount_point))
+                Ok((claiming.claim(&mount_point, upper.as_deref())?, mount_point, upper))
             })
             .await?;
             let mounted =

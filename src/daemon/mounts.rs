@@ -39,6 +39,22 @@ pub enum MountsError {
     /// Another process of this root serves the mount point, or is about to.
     #[error("cannot mount on {}: another process of this root serves it", .0.display())]
     Taken(PathBuf),
+    /// What is mounted would hide files of this program, or lie among them.
+    #[error("cannot mount on {}: {} is where this program keeps its own files", .mount_point.display(), .own.display())]
+    Own {
+        /// The mount point.
+        mount_point: PathBuf,
+        /// The root or the run directory.
+        own: PathBuf,
+    },
+    /// Two overlays that write to one directory destroy each other's files.
+    #[error("cannot write to {}: what is written to {} is kept there", .upper.display(), .mount_point.display())]
+    UpperTaken {
+        /// The directory of the writable layer.
+        upper: PathBuf,
+        /// The mount that has it.
+        mount_point: PathBuf,
+    },
 }
 
 fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> MountsError {
@@ -173,6 +189,29 @@ impl Mounts {
     /// Where the log of what is mounted on `mount_point` (absolute) is.
     pub fn log(&self, mount_point: &Path) -> PathBuf {
         self.place(mount_point).file(".log")
+    }
+
+    /// Refuses to mount on `mount_point` (absolute, without links) what would cover one of the directories `own`, or would
+    /// lie in one, and to write to an `upper` directory that another mount of this root writes to.
+    ///
+    /// # Errors
+    /// [`MountsError::Own`], [`MountsError::UpperTaken`].
+    pub fn check(&self, mount_point: &Path, upper: Option<&Path>, own: [&Path; 2]) -> Result<(), MountsError> {
+        let plain = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
+        for own in own.map(plain) {
+            if mount_point.starts_with(&own) || own.starts_with(mount_point) {
+                return Err(MountsError::Own { mount_point: mount_point.to_owned(), own });
+            }
+        }
+        let (Some(upper), Some(root)) = (upper.map(plain), self.directory.parent()) else { return Ok(()) };
+        for Entry { record, alive, .. } in Self::look(root)? {
+            let same = record.mount_point != mount_point && record.upper.as_deref().map(plain).as_ref() == Some(&upper);
+            // What a dead process mounted may still be there, and be written to.
+            if same && (alive || mount::is_ours(&record.mount_point).unwrap_or(true)) {
+                return Err(MountsError::UpperTaken { upper, mount_point: record.mount_point });
+            }
+        }
+        Ok(())
     }
 
     /// Takes `mount_point` (absolute) for this process.
@@ -369,6 +408,45 @@ mod tests {
         mounts.claim(Path::new("/a")).unwrap();
         drop(other);
         assert_eq!(files(root.path()), Vec::<String>::new());
+    }
+
+    #[test]
+    fn what_would_hide_or_destroy_files_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let base = dir.path().canonicalize().unwrap();
+        let (root, run) = (base.join("root"), base.join("run"));
+        let mounts = Mounts::open(&root).unwrap();
+        let check = |mount_point: &Path, upper: Option<&Path>| mounts.check(mount_point, upper, [&root, &run]);
+        for (mount_point, own) in [
+            (Path::new("/"), &root),
+            (&base, &root),
+            (&root, &root),
+            (&root.join("blobs"), &root),
+            (&run, &run),
+            (&run.join("l/7"), &run),
+        ] {
+            match check(mount_point, None) {
+                Err(MountsError::Own { own: found, .. }) => assert_eq!(found, *own, "{}", mount_point.display()),
+                other => panic!("{}: {other:?}", mount_point.display()),
+            }
+        }
+        let (upper, linked) = (base.join("upper"), base.join("link"));
+        fs::create_dir(&upper).unwrap();
+        std::os::unix::fs::symlink(&upper, &linked).unwrap();
+        let other = base.join("rooted");
+        check(&other, Some(&upper)).unwrap();
+        let claim = mounts.claim(Path::new("/a")).unwrap();
+        claim.publish(&MountRecord { upper: Some(upper.clone()), ..record("/a") }).unwrap();
+        for name in [&upper, &linked] {
+            let taken = check(&other, Some(name));
+            assert!(
+                matches!(&taken, Err(MountsError::UpperTaken { mount_point, .. }) if mount_point == Path::new("/a"))
+            );
+        }
+        check(Path::new("/a"), Some(&upper)).unwrap();
+        check(&other, Some(&root.join("elsewhere"))).unwrap();
+        drop(claim);
+        check(&other, Some(&upper)).unwrap();
     }
 
     #[test]

@@ -32,7 +32,7 @@ pub fn serve(
     ready: impl FnOnce() -> io::Result<()>,
 ) -> anyhow::Result<()> {
     let host = Host::open(settings, runtime.clone(), None)?;
-    let claim = host.claim(&request.mount_point)?;
+    let claim = host.claim(&request.mount_point, request.upper.as_deref())?;
     runtime.block_on(async {
         let socket = ControlServer::bind(&claim.socket()).context("cannot open the control socket")?;
         let mut signals = Signals::listen()?;

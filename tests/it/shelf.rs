@@ -163,7 +163,7 @@ fn layers_on_the_shelf_stack_to_their_image_with_every_driver() {
         driver: Wanted::Driver(Driver::Fuse),
         fill: false,
     };
-    let claim = rooms.host.claim(&request.mount_point).unwrap();
+    let claim = rooms.host.claim(&request.mount_point, None).unwrap();
     let merged = request.mount_point.clone();
     rooms.runtime.block_on(rooms.host.mount(claim, request)).unwrap();
     listing(&merged).assert_equals(&seen[0]);

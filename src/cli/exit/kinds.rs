@@ -500,7 +500,7 @@ fn of_driver(error: &DriverError) -> Option<Problem> {
 fn of_mounts(error: &MountsError) -> Option<Problem> {
     match error {
         MountsError::Io(error) => Some(of_io(&error.source)),
-        MountsError::Taken(_) => Some(Problem::MountPoint),
+        MountsError::Taken(_) | MountsError::Own { .. } | MountsError::UpperTaken { .. } => Some(Problem::MountPoint),
     }
 }
 

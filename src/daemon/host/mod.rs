@@ -203,11 +203,13 @@ impl Host {
         self.since.elapsed()
     }
 
-    /// Takes a mount point for a mount of this process. Waits for the disk.
+    /// Takes a mount point, and the directory that a writable layer is kept in, for a mount of this process. Waits for the
+    /// disk.
     ///
     /// # Errors
-    /// Somebody has it, or it is no free directory.
-    pub fn claim(&self, mount_point: &Path) -> anyhow::Result<Claim> {
+    /// Somebody has one of them, or it is no free directory, or one of this program's own.
+    pub fn claim(&self, mount_point: &Path, upper: Option<&Path>) -> anyhow::Result<Claim> {
+        self.records.check(mount_point, upper, [&self.settings.root, &self.settings.run])?;
         let claim = self.records.claim(mount_point)?;
         // Nobody may have mounted anything since the caller looked.
         mount::check_mount_point(mount_point)?;

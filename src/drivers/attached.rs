@@ -13,7 +13,7 @@ use super::error::in_one_line;
 use super::{DriverError, LayerBacking, RunDirectory};
 use crate::chain::LayerId;
 use crate::model::{Algorithm, DiffId, Digest};
-use crate::sys::loopdev::{LoopDevice, LoopError, loop_devices};
+use crate::sys::loopdev::{LoopDevice, LoopEntry, LoopError, loop_devices};
 use crate::sys::mount::{MountError, Unmount, mounted_on, unmount};
 use crate::sys::stack::{mount_bind, mount_erofs};
 
@@ -309,7 +309,7 @@ fn on_living_device(
     }
     let wanted = label(&layer.id, manner);
     let devices = loop_devices().map_err(DriverError::io("read", "/sys/block".as_ref()))?;
-    let ours = devices.into_iter().find_map(|entry| {
+    let ours = devices.into_iter().filter(|entry| can_hold(entry, &layer.id)).find_map(|entry| {
         let device = LoopDevice::open(entry.number).ok()?;
         (device.status().ok()?.label == wanted).then_some(device)
     });
@@ -327,6 +327,13 @@ fn on_living_device(
     mounted.map_err(|source| DriverError::Refused { diff_id: layer.id.diff_id, source })?;
     tracing::info!(layer = %layer.id, device = device.number(), "a loop device is taken up");
     Ok(Some(device))
+}
+
+/// False for a device on a lazy file of another layer: to open that one may wait for bytes that do not come.
+fn can_hold(entry: &LoopEntry, layer: &LayerId) -> bool {
+    let name = String::from_utf8_lossy(entry.file_name());
+    let is_lazy = name.starts_with("sha256:") || name.starts_with("sha512:");
+    !is_lazy || name.contains(&layer.diff_id.to_string())
 }
 
 /// What a layer's loop device is called: another name for every layer, also for those of one diffID.

@@ -4,6 +4,7 @@
 //! Guarantees: nothing of an owner that lives is touched, nor anything that is none of its mounts; a mount that somebody
 //! uses stays, with all that it needs, unless it is to be taken away lazily.
 
+use std::ffi::OsStr;
 use std::fmt;
 use std::fs;
 use std::io;
@@ -21,6 +22,10 @@ use crate::sys::mount::{MountEntry, Unmount, mount_table, unmount};
 /// How long a loop device may take to go when the last mount on it is gone: others who look at devices hold it for
 /// moments.
 const LAST_LOOKS: Duration = Duration::from_secs(5);
+
+/// How long a loop device may be read without a pause before it counts as one that hangs. Readers in a loop leave pauses
+/// of some microseconds after each request.
+const REST: Duration = Duration::from_millis(500);
 
 /// How long the kernel may take to unmount: it may wait for a server that is gone.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -104,7 +109,12 @@ pub fn find(run: &Path, table: &[MountEntry], loops: &[LabelledLoop]) -> Vec<Lef
     let copies = mounts(&|entry| entry.mount_point.starts_with(&mapped));
     let is_fuse = |entry: &MountEntry| entry.kind == MOUNT_KIND && !entry.mount_point.starts_with(&mapped);
     let fuse = mounts(&|entry| is_fuse(entry) && entry.mount_point.starts_with(run));
-    let ours = |device: &&LabelledLoop| device.label.starts_with(&label) || device.backing.starts_with(run);
+    let nodes: Vec<&OsStr> =
+        table.iter().filter(|entry| erofs.contains(&entry.mount_point)).map(|entry| entry.source.as_os_str()).collect();
+    let is_mounted = |number: u32| nodes.contains(&OsStr::new(&format!("/dev/loop{number}")));
+    let ours = |device: &&LabelledLoop| {
+        device.label.starts_with(&label) || device.backing.starts_with(run) || is_mounted(device.number)
+    };
     let devices = loops.iter().filter(ours).map(|device| (device.number, device.backing.clone()));
     let mut found: Vec<Leftover> = overlays.into_iter().map(|path| Leftover::Overlay { path }).collect();
     found.extend(copies.into_iter().chain(erofs).map(|path| Leftover::Erofs { path }));
@@ -167,9 +177,12 @@ fn found_now(run: &Path) -> Result<Vec<Leftover>, DriverError> {
     let loops: Vec<LabelledLoop> = devices
         .into_iter()
         .map(|device| {
-            // One that goes at this moment has no label any more.
-            let label = LoopDevice::open(device.number).and_then(|open| open.status()).map(|status| status.label);
-            LabelledLoop { number: device.number, backing: device.backing, label: label.unwrap_or_default() }
+            // One that goes at this moment has no label any more, and one that hangs cannot be asked: it is known by what
+            // is mounted on it, or stays.
+            let open = || LoopDevice::open(device.number).and_then(|open| open.status()).ok();
+            let status = device.rests_within(REST).then(open).flatten();
+            let label = status.map(|status| status.label).unwrap_or_default();
+            LabelledLoop { number: device.number, backing: device.backing, label }
         })
         .collect();
     let mut found = find(run, &table, &loops);
@@ -268,6 +281,7 @@ mod tests {
             entry("fuse.headstart", "daemon", "/run/headstart/fs"),
             entry("erofs", "/dev/loop3", "/run/headstart/l/a-0"),
             entry("erofs", "/dev/loop4", "/run/headstart/l/b-1"),
+            entry("erofs", "/dev/loop7", "/run/headstart/l/c-1"),
             entry("erofs", "/dev/loop9", "/run/headstartling/l/b-1"),
             entry("erofs", "/dev/loop8", "/mnt"),
             entry("overlay", &source, "/c/1"),
@@ -289,6 +303,8 @@ mod tests {
             device(1, "/home/disk.img", ""),
             device(3, "/run/headstart/fs/layers/a", ""),
             device(4, "/layers/b", &format!("{source}:b")),
+            // On one that hangs, of which no label is known.
+            device(7, "/layers/c", ""),
             device(5, "/layers/b", &format!("{other}:b")),
         ];
         let path = |path: &str| PathBuf::from(path);
@@ -300,10 +316,12 @@ mod tests {
                 Leftover::Erofs { path: path("/run/headstart/m/7/2") },
                 Leftover::Erofs { path: path("/run/headstart/m/7/1") },
                 Leftover::Erofs { path: path("/run/headstart/m/7/0") },
+                Leftover::Erofs { path: path("/run/headstart/l/c-1") },
                 Leftover::Erofs { path: path("/run/headstart/l/b-1") },
                 Leftover::Erofs { path: path("/run/headstart/l/a-0") },
                 Leftover::Loop { number: 3, backing: path("/run/headstart/fs/layers/a") },
                 Leftover::Loop { number: 4, backing: path("/layers/b") },
+                Leftover::Loop { number: 7, backing: path("/layers/c") },
                 Leftover::Fuse { path: path("/run/headstart/fs") },
             ]
         );

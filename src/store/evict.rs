@@ -251,8 +251,10 @@ impl Shown {
 
 pub(super) fn shown_by_the_kernel() -> Shown {
     let loops = loop_devices().unwrap_or_default();
+    // Only those that can be on an image: to open others may wait for somebody else's registry.
+    let images = loops.iter().filter(|device| device.file_name() == blob::IMAGE.as_bytes());
     let of_loop = |number| LoopDevice::open(number).and_then(|device| device.status()).ok();
-    let inodes = loops.iter().filter_map(|device| of_loop(device.number)).map(|status| (status.device, status.inode));
+    let inodes = images.filter_map(|device| of_loop(device.number)).map(|status| (status.device, status.inode));
     let inodes = inodes.collect();
     let mounts = mount_table().unwrap_or_default().into_iter().map(|mount| PathBuf::from(mount.source));
     let paths =

@@ -2,7 +2,8 @@
 //!
 //! Every device made here is read-only and clears itself when its last user goes, be that a mount or a descriptor. So a
 //! process that is killed leaves no device that nothing uses. Calls that make the kernel read the file (all that attach
-//! or exchange) block as long as that file does; they belong on a thread that serves nothing.
+//! or exchange) block as long as that file does; they belong on a thread that serves nothing. While an exchange waits for
+//! reads, to *open* that device waits too, and no signal ends it: who looks for a device opens none that it need not.
 //!
 //! Source: `include/uapi/linux/loop.h` and `drivers/block/loop.c` of Linux. Refuses to know what the files hold.
 
@@ -12,8 +13,10 @@ use std::ffi::c_ulong;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd as _;
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FileType, Mode};
 use rustix::io::Errno;
@@ -185,6 +188,32 @@ pub struct LoopEntry {
     /// The file behind it as the kernel names it now: ` (deleted)` is appended to one that has no name any more, and one
     /// in a file system that was unmounted is named from that file system's root.
     pub backing: PathBuf,
+}
+
+impl LoopEntry {
+    /// What the file behind it is called, whether or not it still is; nothing of where it is.
+    pub fn file_name(&self) -> &[u8] {
+        let name = self.backing.file_name().unwrap_or_default().as_bytes();
+        name.strip_suffix(b" (deleted)").unwrap_or(name)
+    }
+
+    /// Whether nothing was being read from it at a moment of the next `patience`. One of which that is not true may be in
+    /// the middle of an exchange that waits for these reads, and whoever opens it then waits as well, in a way that no
+    /// signal ends.
+    pub fn rests_within(&self, patience: Duration) -> bool {
+        let under_way = || {
+            let told = fs::read_to_string(format!("/sys/block/loop{}/inflight", self.number)).unwrap_or_default();
+            told.split_whitespace().any(|count| count != "0")
+        };
+        let deadline = Instant::now() + patience;
+        while under_way() {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        true
+    }
 }
 
 /// A loop device, held open. It goes when the last of this, its mounts and other descriptors goes.
@@ -476,9 +505,9 @@ mod tests {
         assert!(loop_devices().unwrap().contains(&entry));
         drop(device);
         // Another program that looks at devices may still hold it.
-        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
+        let deadline = Instant::now() + Duration::from_secs(30);
         while loop_devices().unwrap().contains(&entry) {
-            assert!(std::time::Instant::now() < deadline, "the device stays");
+            assert!(Instant::now() < deadline, "the device stays");
             std::thread::yield_now();
         }
     }
@@ -497,6 +526,23 @@ mod tests {
             assert!(matches!(refused, Err(LoopError::Size { wanted: 8192, .. })), "{refused:?}");
         }
         assert_eq!(first_byte(&device), 2);
+    }
+
+    #[test]
+    fn a_device_is_known_without_being_opened() {
+        for (backing, name) in [
+            ("/var/lib/headstart/blobs/a/image", "image"),
+            ("/var/lib/headstart/blobs/a/image (deleted)", "image"),
+            ("/layers/sha256:00", "sha256:00"),
+            ("/", ""),
+        ] {
+            let entry = LoopEntry { number: 0, backing: backing.into() };
+            assert_eq!(entry.file_name(), name.as_bytes(), "{backing}");
+        }
+        let backing = file(1, 4096);
+        let device = LoopDevice::attach(backing.as_file(), backing.path(), "").unwrap();
+        let entry = LoopEntry { number: device.number(), backing: backing.path().to_owned() };
+        assert!(entry.rests_within(Duration::from_secs(30)));
     }
 
     #[test]

@@ -76,15 +76,16 @@ pub const HOST_METRICS: [Metric; HOST_METRICS_LEN] = [
     metric("ready", Unit::Truth, "whether the mounts of a daemon before this one are back"),
 ];
 
-/// The calls of containerd's snapshots service, by the name that they have in logs and as label `call` of metrics.
+/// The calls of containerd's snapshots and diff services, by the name that they have in logs and as label `call` of metrics.
 pub const CALLS: [&str; CALLS_LEN] =
-    ["prepare", "view", "mounts", "commit", "remove", "stat", "update", "list", "usage", "cleanup"];
+    ["prepare", "view", "mounts", "commit", "remove", "stat", "update", "list", "usage", "cleanup", "apply"];
 
 /// How many they are.
-pub const CALLS_LEN: usize = 10;
+pub const CALLS_LEN: usize = 11;
 
-/// Bounds of the histogram of how long calls take, in seconds: from what a record takes to what a registry may.
-pub const CALL_SECONDS: [f64; 6] = [0.001, 0.005, 0.025, 0.1, 1.0, 10.0];
+/// Bounds of the histogram of how long calls take, in seconds: from what a record takes to what a registry may, and then what
+/// a large layer does.
+pub const CALL_SECONDS: [f64; 7] = [0.001, 0.005, 0.025, 0.1, 1.0, 10.0, 100.0];
 
 /// What containerd's calls cost; the second is a histogram.
 pub const CALL_METRICS: [Metric; 2] = [

@@ -7,8 +7,8 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::daemon::config::LogLevel;
-use crate::doctor::ContainerdVersion;
 use crate::drivers::{self, Wanted};
+use crate::grpc::ContainerdVersion;
 use crate::oci::{Platform, Reference};
 use crate::serve::Bandwidth;
 

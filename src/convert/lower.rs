@@ -6,22 +6,23 @@
 use std::collections::HashSet;
 use std::fs::File;
 use std::io::{self, BufWriter, Read};
+use std::ops::ControlFlow;
+use std::path::Path;
 use std::sync::Arc;
-use std::sync::mpsc::sync_channel;
 
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
 use super::adopt::{LowerDirectory, LowerError, LowerFile, LowerLayers};
 use super::readback::{BlobError, BlobImage};
+use super::unpacked::Unpacked;
+use super::view::{Bytes, View, ViewError};
 use crate::chunked::{BlobSummary, SequentialError, SequentialReader};
-use crate::erofs::{self, Image, Inode, Nid};
-use crate::fetch::{Cause, LayerImage};
-use crate::model::{
-    Attributes, EntryKind, FileKind, LayerEntry, Metadata, Name, NameError, ReadAt, ReadAtError, RelPath,
-};
+use crate::erofs::Image;
+use crate::fetch::LayerImage;
+use crate::model::{Attributes, EntryKind, FileKind, LayerEntry, Metadata, Name, NameError, RelPath};
 use crate::oci::{Descriptor, LayerKind};
-use crate::overlay::{self, Found, NodeId, Overlay};
+use crate::overlay::{self, Found, LayerView as _, NodeId, Overlay};
 use crate::transport::{ImageSource, TransportError};
 use crate::vfs::Layer;
 
@@ -52,6 +53,11 @@ pub(crate) enum Below {
         /// The layer.
         layer: Arc<LayerImage>,
     },
+    /// Its files are in this directory, as overlayfs takes them.
+    Unpacked {
+        /// Nobody writes there any more.
+        directory: Arc<Path>,
+    },
     /// It was EROFS before and lies with the source.
     Kept {
         /// Its blob.
@@ -68,8 +74,8 @@ enum BelowError {
     Failed(usize),
     #[error(transparent)]
     Blob(#[from] BlobError),
-    #[error("cannot read the EROFS image of layer {layer}")]
-    Image { layer: usize, source: erofs::Error },
+    #[error("cannot look into layer {layer}")]
+    View { layer: usize, source: ViewError },
     #[error("cannot fetch layer {layer}, which is EROFS already")]
     Fetch { layer: usize, source: TransportError },
     #[error("cannot unpack layer {layer}, which is EROFS already")]
@@ -77,63 +83,16 @@ enum BelowError {
     #[error("cannot keep layer {layer} in a temporary file")]
     Spool { layer: usize, source: io::Error },
     #[error("cannot merge the layers below")]
-    Merge(#[from] overlay::Error<erofs::Error>),
+    Merge(#[from] overlay::Error<ViewError>),
     #[error("more than {MAX_FOLLOWED} symbolic links, or {MAX_STEPS} parts, on the way")]
     Loop,
-    #[error("a symbolic link on the way leads through an impossible name")]
+    #[error("an impossible name is on the way")]
     Name(#[source] NameError),
     #[error("it is a directory, and directories cannot have hard links")]
     Directory,
     #[error("it has the type of a socket, which a layer cannot hold")]
     Socket,
 }
-
-/// Bytes of an image, wherever they are.
-enum Bytes {
-    Blob(BlobImage),
-    File(File),
-    Lazy(Arc<LayerImage>),
-}
-
-impl ReadAt for Bytes {
-    fn size(&self) -> u64 {
-        match self {
-            Self::Blob(blob) => blob.size(),
-            Self::File(file) => file.size(),
-            Self::Lazy(layer) => layer.size(),
-        }
-    }
-
-    fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), ReadAtError> {
-        match self {
-            Self::Blob(blob) => blob.read_exact_at(offset, buf),
-            Self::File(file) => file.read_exact_at(offset, buf),
-            Self::Lazy(layer) => read_lazily(layer, offset, buf),
-        }
-    }
-}
-
-/// Reads bytes that may have to come first.
-fn read_lazily(layer: &Arc<LayerImage>, offset: u64, buf: &mut [u8]) -> Result<(), ReadAtError> {
-    match layer.read_exact_at(offset, buf) {
-        Err(ReadAtError::Absent(range)) => {
-            let (told, tell) = sync_channel(1);
-            layer.request(range, Cause::Metadata, move |result| {
-                // Whoever waits stays until it is told.
-                told.send(result).ok();
-            });
-            let failed = |error| ReadAtError::Io { range, source: io::Error::other(error) };
-            match tell.recv() {
-                Ok(Ok(())) => layer.read_exact_at(offset, buf),
-                Ok(Err(error)) => Err(failed(error)),
-                Err(gone) => Err(ReadAtError::Io { range, source: io::Error::other(gone) }),
-            }
-        }
-        other => other,
-    }
-}
-
-type View = Layer<Bytes>;
 
 /// A lower layer as it becomes known.
 #[derive(Debug, Clone)]
@@ -239,10 +198,16 @@ impl Lower {
                 }
                 Below::Lazy { layer } => Bytes::Lazy(layer),
                 Below::Kept { descriptor } => Bytes::File(self.inflate(layer, &descriptor)?),
+                Below::Unpacked { directory } => {
+                    let files = Unpacked::open(&directory).map_err(ViewError::Files);
+                    views.push(View::Files(files.map_err(|source| BelowError::View { layer, source })?));
+                    continue;
+                }
                 Below::Aside => continue,
             };
-            let image = Image::open(bytes).map_err(|source| BelowError::Image { layer, source })?;
-            views.push(Layer::new(image));
+            let image = Image::open(bytes).map_err(ViewError::Image);
+            let image = image.map_err(|source| BelowError::View { layer, source })?;
+            views.push(View::Image(Layer::new(image)));
         }
         Ok(if views.is_empty() { None } else { Some(Overlay::new(views)?) })
     }
@@ -282,13 +247,10 @@ impl Lower {
     fn file_at(&mut self, path: &RelPath) -> Result<Option<LowerFile<'_>>, BelowError> {
         let Some(merged) = self.merged()? else { return Ok(None) };
         let Some(Way { found, path }) = find(merged, path, Follow::Parents)? else { return Ok(None) };
-        let (image, inode) = open_inode(merged, found.node)?;
         let Attributes { size, rdev, nlink, .. } = found.attributes;
         let kind = match found.attributes.kind {
             FileKind::Regular => EntryKind::Regular { size },
-            FileKind::Symlink => {
-                EntryKind::Symlink { target: image.read_link(&inode).map_err(|source| in_layer(found.node, source))? }
-            }
+            FileKind::Symlink => EntryKind::Symlink { target: read_link(merged, found.node)?.into() },
             FileKind::CharDevice => EntryKind::CharDevice(rdev),
             FileKind::BlockDevice => EntryKind::BlockDevice(rdev),
             FileKind::Fifo => EntryKind::Fifo,
@@ -297,8 +259,14 @@ impl Lower {
         };
         let metadata = metadata(merged, &found)?;
         let names = if nlink > 1 { names_of(merged, found.node)? } else { vec![path.clone()] };
-        let entry = LayerEntry { path, kind, metadata };
-        Ok(Some(LowerFile { entry, names, content: Box::new(Content { image, inode, position: 0 }) }))
+        let content: Box<dyn Read + '_> = match kind {
+            EntryKind::Regular { .. } => {
+                let view = merged.layer(found.node.layer)?;
+                view.content(found.node.nid).map_err(|source| in_layer(found.node, source))?
+            }
+            _ => Box::new(io::empty()),
+        };
+        Ok(Some(LowerFile { entry: LayerEntry { path, kind, metadata }, names, content }))
     }
 
     fn root_names(&mut self) -> Result<Vec<Name>, BelowError> {
@@ -395,9 +363,7 @@ fn find(merged: &Overlay<View>, path: &RelPath, follow: Follow) -> Result<Option
                 if followed > MAX_FOLLOWED {
                     return Err(BelowError::Loop);
                 }
-                let (image, inode) = open_inode(merged, found.node)?;
-                let target = image.read_link(&inode).map_err(|source| in_layer(found.node, source))?;
-                follow_link(&target, &mut left)?;
+                follow_link(&read_link(merged, found.node)?, &mut left)?;
             }
             _ if is_last => return Ok(Some(Way { found, path: path.join(name) })),
             _ => return Ok(None),
@@ -409,27 +375,30 @@ fn find(merged: &Overlay<View>, path: &RelPath, follow: Follow) -> Result<Option
 /// All names under which a file with several shows in the merged tree. Hard links lie in one layer, so that one is
 /// walked; seldom, and never without a file to bring.
 fn names_of(merged: &Overlay<View>, node: NodeId) -> Result<Vec<RelPath>, BelowError> {
-    let image = merged.layer(node.layer)?.image();
-    let broken = |source| in_layer(node, source);
+    let view = merged.layer(node.layer)?;
     let mut names = Vec::new();
     let mut seen = HashSet::new();
-    let mut left = vec![(image.root(), RelPath::root())];
-    while let Some((nid, path)) = left.pop() {
+    let mut left = vec![(view.root(), RelPath::root())];
+    while let Some((dir, path)) = left.pop() {
         // A directory that an image made by others names twice.
-        if !seen.insert(nid) {
+        if !seen.insert(dir) {
             continue;
         }
-        for entry in image.entries(&image.inode(nid).map_err(broken)?).map_err(broken)? {
-            let is_file = entry.nid.0 == node.nid;
-            if !is_file && entry.kind.is_some_and(|kind| kind != FileKind::Directory) {
-                continue;
+        let mut entries = Vec::new();
+        let listed = view.for_each(dir, &mut |name, nid, kind| {
+            if nid == node.nid || kind == FileKind::Directory {
+                entries.push((Name::new(name), nid));
             }
-            let path = path.join(entry.name.clone());
-            if is_file {
+            ControlFlow::Continue(())
+        });
+        listed.map_err(|source| in_layer(node, source))?;
+        for (name, nid) in entries {
+            let path = path.join(name.map_err(BelowError::Name)?);
+            if nid == node.nid {
                 let shown = find(merged, &path, Follow::Nothing)?;
                 names.extend(shown.filter(|way| way.found.node == node).map(|way| way.path));
-            } else if image.inode(entry.nid).map_err(broken)?.attributes().kind == FileKind::Directory {
-                left.push((entry.nid, path));
+            } else {
+                left.push((nid, path));
             }
         }
     }
@@ -459,14 +428,12 @@ fn follow_link(target: &[u8], left: &mut Vec<Step>) -> Result<(), BelowError> {
     Ok(())
 }
 
-fn in_layer(node: NodeId, source: erofs::Error) -> BelowError {
-    BelowError::Image { layer: usize::from(node.layer), source }
+fn in_layer(node: NodeId, source: ViewError) -> BelowError {
+    BelowError::View { layer: usize::from(node.layer), source }
 }
 
-fn open_inode(merged: &Overlay<View>, node: NodeId) -> Result<(&Image<Bytes>, Inode), BelowError> {
-    let image = merged.layer(node.layer)?.image();
-    let inode = image.inode(Nid(node.nid)).map_err(|source| in_layer(node, source))?;
-    Ok((image, inode))
+fn read_link(merged: &Overlay<View>, node: NodeId) -> Result<Vec<u8>, BelowError> {
+    merged.layer(node.layer)?.read_link(node.nid).map_err(|source| in_layer(node, source))
 }
 
 fn metadata(merged: &Overlay<View>, found: &Found) -> Result<Metadata, BelowError> {
@@ -474,19 +441,4 @@ fn metadata(merged: &Overlay<View>, found: &Found) -> Result<Metadata, BelowErro
     let mut xattrs = merged.xattrs(found.node)?;
     xattrs.sort();
     Ok(Metadata { permissions, uid, gid, mtime, xattrs })
-}
-
-/// A file's bytes.
-struct Content<'a> {
-    image: &'a Image<Bytes>,
-    inode: Inode,
-    position: u64,
-}
-
-impl Read for Content<'_> {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let read = self.image.read(&self.inode, self.position, buf).map_err(io::Error::other)?;
-        self.position += read as u64;
-        Ok(read)
-    }
 }

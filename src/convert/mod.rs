@@ -13,11 +13,14 @@ mod ordered;
 mod packer;
 mod readback;
 mod stack;
+mod unpacked;
+mod view;
 
 /// How a layer looks into those below it, for whoever unpacks layers instead of converting them.
 pub(crate) mod below {
     pub(crate) use super::ahead::ReadAhead;
     pub(crate) use super::lower::{Below, LayerBelow, Lower, Root};
+    pub(crate) use super::view::ViewError;
 }
 
 pub use events::{Event, Observer, Outcome};

@@ -8,6 +8,7 @@ pub mod host;
 pub mod image;
 pub mod keeper;
 pub mod ledger;
+pub mod left;
 mod listener;
 pub mod logins;
 mod metrics;

@@ -91,8 +91,13 @@ impl Place {
 
     /// Where the daemon's FUSE connection is mounted.
     pub fn file_system(&self) -> PathBuf {
-        self.run.join("fs")
+        file_system(&self.run)
     }
+}
+
+/// Where the FUSE connection of the daemon of this run directory is mounted.
+pub(super) fn file_system(run: &Path) -> PathBuf {
+    run.join("fs")
 }
 
 fn hold(place: &Path, holder: &Holder) -> Result<FileLock, PlaceError> {

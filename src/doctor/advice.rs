@@ -6,11 +6,17 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use super::version::ContainerdVersion;
+use super::config::DIFF_SERVICE;
+use crate::grpc::ContainerdVersion;
 
 /// What the snapshotter is called in containerd's configuration.
 pub const NAME: &str = "headstart";
 
+/// What our differ is called there: an entry of `proxy_plugins` has one type.
+pub(super) const DIFFER: &str = "headstart-diff";
+
+/// containerd's own differ.
+pub(super) const WALKING: &str = "walking";
 /// The capability of layers that are unpacked at once.
 pub(super) const REBASE: &str = "rebase";
 /// The capability of mapping the ids of files.
@@ -58,7 +64,10 @@ pub(super) fn declared<'a>(capabilities: impl IntoIterator<Item = &'a str>) -> S
 pub fn drop_in(reader: &Reader<'_>) -> String {
     match reader.version.merges_plugins() {
         true => file(reader),
-        false => format!("version = {}\n\n{}", file_version(reader), proxy_plugin(reader)),
+        false => {
+            let differ = if reader.version.has_exports() { differ_plugin(reader) } else { String::new() };
+            format!("version = {}\n\n{}{differ}", file_version(reader), proxy_plugin(reader))
+        }
     }
 }
 
@@ -80,9 +89,13 @@ pub fn file(reader: &Reader<'_>) -> String {
     text.push_str("# containerd reads all of this when it starts.\n");
     writeln!(text, "version = {}\n", file_version(reader)).expect("writing to a string never fails");
     text.push_str(&proxy_plugin(reader));
+    if version.has_exports() {
+        text.push('\n');
+        text.push_str(&differ(reader));
+    }
     if version.has_images_plugin() {
         text.push('\n');
-        text.push_str(&unpack_config(reader));
+        text.push_str(&unpack_config(reader, DIFFER));
     }
     text.push('\n');
     text.push_str(&images(reader));
@@ -131,8 +144,32 @@ pub(super) fn proxy_plugin(reader: &Reader<'_>) -> String {
     text
 }
 
-/// What the transfer service has to know (containerd 2).
-pub(super) fn unpack_config(reader: &Reader<'_>) -> String {
+/// The differ, and who asks it.
+pub(super) fn differ(reader: &Reader<'_>) -> String {
+    differ_plugin(reader) + &diff_service()
+}
+
+/// The differ's entry of `proxy_plugins`.
+fn differ_plugin(reader: &Reader<'_>) -> String {
+    let address = quoted(reader.socket);
+    format!(
+        "# Layers that containerd downloads become EROFS images as well, all of an image at once. Without it containerd applies them, and\n\
+         # the differ is \"{WALKING}\" everywhere: that is for kernels without EROFS.\n\
+         [proxy_plugins.{DIFFER}]\n  type = \"diff\"\n  address = {address}\n"
+    )
+}
+
+/// Who is asked to apply a layer by clients and by CRI without the transfer service.
+pub(super) fn diff_service() -> String {
+    format!(
+        "# Who is asked in turn, by all but the transfer service. Layers of other snapshotters are left to containerd.\n\
+         [plugins.\"{DIFF_SERVICE}\"]\n  default = [\"{DIFFER}\", \"{WALKING}\"]\n"
+    )
+}
+
+/// What the transfer service has to know (containerd 2), if `differ` is to apply layers for this snapshotter: it asks no other
+/// one.
+pub(super) fn unpack_config(reader: &Reader<'_>, differ: &str) -> String {
     const PLUGIN: &str = "plugins.'io.containerd.transfer.v1.local'";
     let Reader { version, architecture, .. } = *reader;
     let mut text = String::new();
@@ -146,22 +183,22 @@ pub(super) fn unpack_config(reader: &Reader<'_>) -> String {
         line("  # So many layers of an image at once; the default is 1.");
         line(&format!("  max_concurrent_unpacks = {UNPACKS}"));
     }
-    let mut entry = |why: Option<&str>, platform: &str, snapshotter: &str| {
+    let mut entry = |why: Option<&str>, platform: &str, snapshotter: &str, differ: &str| {
         if let Some(why) = why {
             line(&format!("  # {why}"));
         }
         line(&format!("  [[{PLUGIN}.unpack_config]]"));
         line(&format!("    platform = \"{platform}\""));
         line(&format!("    snapshotter = \"{snapshotter}\""));
-        line("    differ = \"walking\"");
+        line(&format!("    differ = \"{differ}\""));
     };
     if version.knows_erofs_layers() {
         let why = "Images that have nothing but EROFS layers; before 2.3 such layers were none.";
-        entry(Some(why), &format!("linux(+erofs)/{architecture}"), NAME);
+        entry(Some(why), &format!("linux(+erofs)/{architecture}"), NAME, differ);
     }
     let plain = format!("linux/{architecture}");
-    entry(None, &plain, NAME);
-    entry(Some("A list replaces the default, which is this:"), &plain, "overlayfs");
+    entry(None, &plain, NAME, differ);
+    entry(Some("A list replaces the default, which is this:"), &plain, "overlayfs", WALKING);
     text
 }
 
@@ -249,6 +286,10 @@ mod tests {
             let switch = text(exported.and_then(|e| e.get("enable_remote_snapshot_annotations")));
             assert_eq!(switch, annotations.then_some("true"), "{version}");
             let plugins = &table["plugins"];
+            let differ = table["proxy_plugins"].get(DIFFER);
+            assert_eq!(text(differ.and_then(|differ| differ.get("type"))), exports.then_some("diff"), "{version}");
+            let asked = plugins.get(DIFF_SERVICE).map(|service| service["default"].as_array().unwrap().len());
+            assert_eq!(asked, exports.then_some(2), "{version}");
             let cri = match version.starts_with('1') {
                 true => &plugins["io.containerd.grpc.v1.cri"]["containerd"],
                 false => &plugins["io.containerd.cri.v1.images"],
@@ -259,6 +300,10 @@ mod tests {
             let entries = plugins.get("io.containerd.transfer.v1.local").map(|transfer| {
                 assert_eq!(transfer.get("max_concurrent_unpacks").is_some(), rebase, "{version}");
                 let entries = transfer["unpack_config"].as_array().unwrap();
+                for entry in entries {
+                    let expected = if text(entry.get("snapshotter")) == Some(NAME) { DIFFER } else { WALKING };
+                    assert_eq!(text(entry.get("differ")), Some(expected), "{version}");
+                }
                 entries.iter().map(|entry| entry["platform"].as_str().unwrap()).collect::<Vec<_>>()
             });
             assert_eq!(entries.unwrap_or_default(), platforms, "{version}");
@@ -279,6 +324,7 @@ mod tests {
             let table: toml::Table = toml::from_str(&drop_in(&reader)).unwrap();
             assert_eq!(table.contains_key("plugins"), all, "{version}");
             assert!(table["proxy_plugins"].get(NAME).is_some(), "{version}");
+            assert_eq!(table["proxy_plugins"].get(DIFFER).is_some(), version != "1.6.20", "{version}");
         }
     }
 

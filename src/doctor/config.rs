@@ -12,7 +12,7 @@ use std::path::{Component, Path, PathBuf};
 use toml::{Table, Value};
 
 use super::gather::read;
-use super::version::ContainerdVersion;
+use crate::grpc::ContainerdVersion;
 
 /// Most files that are read: imports may name a directory that is not meant for them.
 const FILES: usize = 256;
@@ -21,6 +21,8 @@ const FILES: usize = 256;
 pub(super) const CRI: &str = "io.containerd.grpc.v1.cri";
 /// The id of CRI's image plugin in 2.x.
 pub(super) const IMAGES: &str = "io.containerd.cri.v1.images";
+/// The id of the service that asks differs.
+pub(super) const DIFF_SERVICE: &str = "io.containerd.service.v1.diff-service";
 /// The id of the transfer service's plugin.
 pub(super) const TRANSFER: &str = "io.containerd.transfer.v1.local";
 

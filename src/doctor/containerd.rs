@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 
 use toml::{Table, Value};
 
-use super::advice::{self, NAME, Reader};
-use super::config::{CRI, IMAGES, NodeConfig, TRANSFER, said_in};
+use super::advice::{self, DIFFER, NAME, Reader, WALKING};
+use super::config::{CRI, DIFF_SERVICE, IMAGES, NodeConfig, TRANSFER, said_in};
 use super::finding::{Finding, Remedy};
-use super::version::ContainerdVersion;
+use crate::grpc::ContainerdVersion;
 
 /// What is known of containerd.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -87,6 +87,7 @@ pub(super) fn examine(facts: &ContainerdFacts, ours: &Ours) -> Vec<Finding> {
     }
     findings.extend(checked.file_versions());
     findings.extend(checked.proxy());
+    findings.extend(checked.differ());
     let cri = checked.cri();
     findings.extend(cri);
     findings.extend(checked.unpack());
@@ -145,7 +146,10 @@ impl Checked<'_> {
         let address = self.ours.socket.to_string_lossy();
         let advised = || advice::proxy_plugin(&self.reader);
         let Some((path, entry)) = self.config.proxy(NAME) else {
-            let other = self.config.proxies().find(|(_, _, entry)| text(entry.get("address")) == Some(&*address));
+            let is_ours = |entry: &Table| {
+                text(entry.get("address")) == Some(&*address) && text(entry.get("type")) != Some("diff")
+            };
+            let other = self.config.proxies().find(|(_, _, entry)| is_ours(entry));
             return vec![match other {
                 Some((path, name, _)) => Finding::note(
                     CHECK,
@@ -180,7 +184,6 @@ impl Checked<'_> {
         if self.version().has_exports() {
             findings.extend(self.exports(path, entry));
         }
-        findings.extend(self.differs());
         if findings.is_empty() {
             findings.push(Finding::good(CHECK, format!("{} tells containerd of this snapshotter", path.display())));
         }
@@ -259,20 +262,52 @@ impl Checked<'_> {
         findings
     }
 
-    /// Entries of type `diff`, which 1.6 does not survive.
-    fn differs(&self) -> Vec<Finding> {
-        if self.version().has_exports() {
-            return Vec::new();
+    /// Entries of type `diff`: the file, the name and what is said.
+    fn differs(&self) -> impl Iterator<Item = (&Path, &str, &Table)> {
+        self.config.proxies().filter(|(_, _, entry)| text(entry.get("type")) == Some("diff"))
+    }
+
+    /// What our differ is called, if containerd knows it.
+    fn our_differ(&self) -> Option<&str> {
+        let address = self.ours.socket.to_string_lossy();
+        let ours = self.differs().find(|(_, _, entry)| text(entry.get("address")) == Some(&*address));
+        ours.map(|(_, name, _)| name)
+    }
+
+    /// Who applies the layers that containerd downloads.
+    fn differ(&self) -> Vec<Finding> {
+        const CHECK: &str = "containerd.differ";
+        if !self.version().has_exports() {
+            // 1.6 knows no differs outside of it, and does not survive one.
+            let told = self.differs().map(|(path, name, _)| {
+                let version = self.version();
+                let what =
+                    format!("containerd {version} panics at its start over proxy_plugins.{name}, of type \"diff\"");
+                Finding::must(CHECK, what).with(Remedy::remove(path, format!("[proxy_plugins.{name}]")))
+            });
+            return told.collect();
         }
-        let differs = self.config.proxies().filter(|(_, _, entry)| text(entry.get("type")) == Some("diff"));
-        let told = differs.map(|(path, name, _)| {
-            let what = format!(
-                "containerd {} panics at its start over proxy_plugins.{name}, of type \"diff\"",
-                self.version()
-            );
-            Finding::must("containerd.proxy", what).with(Remedy::remove(path, format!("[proxy_plugins.{name}]")))
-        });
-        told.collect()
+        let address = self.ours.socket.to_string_lossy();
+        let elsewhere =
+            |(_, name, entry): &(&Path, &str, &Table)| *name == DIFFER && text(entry.get("address")) != Some(&*address);
+        if let Some((path, ..)) = self.differs().find(elsewhere) {
+            let what = format!("containerd looks for the differ {DIFFER:?} elsewhere than at {address}");
+            let lines = format!("[proxy_plugins.{DIFFER}]\n  address = {}", advice::quoted(&self.ours.socket));
+            return vec![Finding::must(CHECK, what).with(Remedy::write(path, lines))];
+        }
+        let Some(ours) = self.our_differ() else {
+            let what = "containerd applies layers that it downloads itself, one after the other, as files";
+            return vec![Finding::note(CHECK, what).with(Remedy::write(self.main, advice::differ(&self.reader)))];
+        };
+        let service = self.config.plugin(DIFF_SERVICE, self.version());
+        let asked = service.get("default").and_then(Value::as_array);
+        if asked.is_some_and(|asked| asked.iter().any(|name| name.as_str() == Some(ours))) {
+            return vec![Finding::good(CHECK, "containerd has this program apply the layers that it downloads")];
+        }
+        let path = self.config.place_of(DIFF_SERVICE).unwrap_or(self.main);
+        let whom = if self.version().has_images_plugin() { "only the transfer service asks" } else { "nobody asks" };
+        let what = format!("{whom} proxy_plugins.{ours} to apply a layer");
+        vec![Finding::note(CHECK, what).with(Remedy::write(path, advice::diff_service()))]
     }
 
     /// What CRI unpacks with, and what it tells the snapshotter.
@@ -360,9 +395,20 @@ impl Checked<'_> {
         let erofs = format!("linux(+erofs)/{}", self.ours.architecture);
         let ours =
             entries.iter().filter_map(Value::as_table).filter(|entry| text(entry.get("snapshotter")) == Some(NAME));
-        let platforms: Vec<&str> = ours.filter_map(|entry| text(entry.get("platform"))).collect();
+        let platforms: Vec<&str> = ours.clone().filter_map(|entry| text(entry.get("platform"))).collect();
         let path = self.config.place_of(TRANSFER).unwrap_or(self.main);
-        let remedy = || Remedy::write(path, advice::unpack_config(&self.reader));
+        let differ = self.our_differ();
+        // One that is not there would keep the whole transfer service from starting.
+        let remedy = || Remedy::write(path, advice::unpack_config(&self.reader, differ.unwrap_or(WALKING)));
+        let is_missing = |entry: &Table| {
+            text(entry.get("differ")) == Some(DIFFER) && self.differs().all(|(_, name, _)| name != DIFFER)
+        };
+        if ours.clone().any(is_missing) {
+            let what =
+                format!("the transfer service does not start: its differ {DIFFER:?} is not among the proxy_plugins");
+            let remedy = Remedy::write(self.main, advice::differ(&self.reader));
+            return Some(Finding::must(CHECK, what).with(remedy));
+        }
         if platforms.is_empty() {
             let what = "the transfer service has no unpack_config for this snapshotter: pulls fail with \"no unpack platforms defined\"";
             return Some(Finding::must(CHECK, what).with(remedy()));
@@ -375,6 +421,12 @@ impl Checked<'_> {
             let what =
                 format!("no unpack_config for this snapshotter takes images with nothing but EROFS layers ({erofs})");
             return Some(Finding::should(CHECK, what).with(remedy()));
+        }
+        if let Some(differ) =
+            differ.filter(|differ| ours.clone().any(|entry| text(entry.get("differ")) != Some(*differ)))
+        {
+            let what = format!("the transfer service does not ask proxy_plugins.{differ} to apply layers");
+            return Some(Finding::note(CHECK, what).with(remedy()));
         }
         Some(Finding::good(CHECK, "the transfer service unpacks for this snapshotter"))
     }

@@ -13,20 +13,21 @@ use super::advice::NAME;
 use super::config::NodeConfig;
 use super::containerd::{ContainerdFacts, Ours};
 use super::node::{Answer, DaemonFacts, DiskFacts, KernelFacts, LoginFacts, NodeFacts, PlaceFacts};
-use super::version::ContainerdVersion;
+use crate::control;
 use crate::control::Client;
 use crate::daemon::config::{Config, RegistryConfig};
 use crate::daemon::host::left_behind;
+use crate::daemon::left::is_kept;
 use crate::daemon::mounts::Mounts;
 use crate::daemon::place;
 use crate::drivers::{Capabilities, Capability, Driver, Wanted};
+use crate::grpc::{Containerd, ContainerdVersion, snapshotter_answers};
 use crate::oci::Platform;
 use crate::registry::faulty_hosts;
 use crate::sys::idmap::try_mapped_overlay;
 use crate::sys::loopdev::LoopDevice;
 use crate::sys::mount::mount_table;
 use crate::sys::stack::has_file_system;
-use crate::{control, grpc};
 
 /// Most bytes of a configuration file; real ones have some kilobytes.
 const FILE_LIMIT: u64 = 1 << 20;
@@ -52,8 +53,7 @@ pub struct Whereabouts {
 /// What was attempted and why it failed, as a sentence. None if there is no containerd.
 pub fn ask_version(socket: &Path, runtime: &Handle) -> Option<Result<ContainerdVersion, String>> {
     if socket.exists()
-        && let Ok(said) = runtime.block_on(grpc::containerd_version(socket))
-        && let Ok(version) = said.parse()
+        && let Ok(version) = runtime.block_on(async { Containerd::at(socket).version().await })
     {
         return Some(Ok(version));
     }
@@ -227,13 +227,14 @@ fn daemon(config: &Config, whereabouts: &Whereabouts, runtime: &Handle) -> Daemo
             Err(error) => Answer::Silent(format!("{:#}", anyhow::Error::new(error))),
         });
     let snapshotter = whereabouts.snapshotter.clone().filter(|_| holder.is_some()).map(|socket| {
-        let answer = match runtime.block_on(grpc::snapshotter_answers(&socket)) {
+        let answer = match runtime.block_on(snapshotter_answers(&socket)) {
             Ok(()) => Answer::Ready,
             Err(why) => Answer::Silent(why),
         };
         (socket, answer)
     });
     DaemonFacts {
+        kept: holder.is_none() && is_kept(&config.run),
         pid: holder.map(|holder| holder.pid),
         control,
         snapshotter,

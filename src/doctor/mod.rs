@@ -10,7 +10,6 @@ mod containerd;
 mod finding;
 mod gather;
 mod node;
-mod version;
 
 use tokio::runtime::Handle;
 
@@ -19,7 +18,6 @@ use crate::daemon::config::Config;
 pub use advice::{NAME, Reader, drop_in as containerd_drop_in, file as containerd_config};
 pub use finding::{Finding, Remedy, Severity};
 pub use gather::{Whereabouts, ask_version, main_file_version, maps_ids};
-pub use version::{ContainerdVersion, VersionError};
 
 /// Looks at everything.
 pub fn examine(config: &Config, whereabouts: &Whereabouts, runtime: &Handle) -> Vec<Finding> {

@@ -57,6 +57,8 @@ pub(super) struct DaemonFacts {
     pub(super) control: Answer,
     /// The socket of the snapshotter, if there is to be one and a daemon, and whether it answers.
     pub(super) snapshotter: Option<(PathBuf, Answer)>,
+    /// There is no daemon, and somebody keeps the connection of the one before for the next.
+    pub(super) kept: bool,
     /// What killed processes left, in words.
     pub(super) leftovers: Vec<String>,
 }
@@ -217,6 +219,10 @@ fn daemon(facts: &DaemonFacts, is_root: bool) -> Vec<Finding> {
     let start = || Remedy::run("systemctl enable --now headstart.service");
     let look = || Remedy::run("journalctl -u headstart.service");
     match (facts.pid, &facts.control) {
+        (None, _) if facts.kept => {
+            let what = "no daemon runs, and readers of what the one before has left wait for the next";
+            findings.push(Finding::must(CHECK, what).with(start()));
+        }
         (None, _) if is_root => {
             let what = "no daemon runs: containerd finds no snapshotter, and `mount` serves each mount by itself";
             findings.push(Finding::should(CHECK, what).with(start()));
@@ -243,7 +249,8 @@ fn daemon(facts: &DaemonFacts, is_root: bool) -> Vec<Finding> {
             }
         });
     }
-    if !facts.leftovers.is_empty() {
+    // What is kept is the next daemon's.
+    if !facts.leftovers.is_empty() && !facts.kept {
         let what = format!("killed processes left {} behind", facts.leftovers.join(", "));
         findings.push(Finding::should("leftovers", what).with(Remedy::run("headstart cleanup")));
     }

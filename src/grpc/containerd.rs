@@ -6,7 +6,6 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -20,6 +19,7 @@ use super::proto::containerd::services::content::v1::content_client::ContentClie
 use super::proto::containerd::services::content::v1::{InfoRequest, ListContentRequest, ReadContentRequest};
 use super::proto::containerd::services::version::v1::version_client::VersionClient;
 use super::status::is_not_found;
+use super::version::{ContainerdVersion, VersionError};
 use crate::model::{BlobDigest, Digest};
 use crate::oci::DOCUMENT_LIMIT;
 
@@ -42,47 +42,6 @@ const MANIFEST_OF_INDEX: &str = "containerd.io/gc.ref.content.m.";
 
 /// How many manifests of an index are looked at. The largest public indexes have some forty, attestations included.
 const MANIFESTS: usize = 128;
-
-/// Which containerd.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Version {
-    /// The first number.
-    pub major: u32,
-    /// The second.
-    pub minor: u32,
-}
-
-impl Version {
-    /// A version.
-    pub const fn new(major: u32, minor: u32) -> Self {
-        Self { major, minor }
-    }
-}
-
-impl fmt::Display for Version {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}.{}", self.major, self.minor)
-    }
-}
-
-/// A text that is no version.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no version of containerd: two numbers are needed, as in 1.7 or v2.1.9")]
-pub struct VersionError(pub String);
-
-impl FromStr for Version {
-    type Err = VersionError;
-
-    /// Reads `1.7`, `v2.4.0-beta.0-12-gabc`, `1.6.20~ds1`: two numbers count, the rest may be anything.
-    fn from_str(text: &str) -> Result<Self, VersionError> {
-        let numbers = text.strip_prefix('v').unwrap_or(text).split_once('.').and_then(|(major, rest)| {
-            let minor = rest.split(|c: char| !c.is_ascii_digit()).next()?;
-            let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-            (digits(major) && digits(minor)).then(|| Some(Self::new(major.parse().ok()?, minor.parse().ok()?)))?
-        });
-        numbers.ok_or_else(|| VersionError(text.to_owned()))
-    }
-}
 
 /// Why containerd's word is not known.
 #[derive(Debug, thiserror::Error)]
@@ -138,7 +97,7 @@ pub struct Containerd {
     channel: Channel,
     connections: Arc<AtomicU64>,
     /// The version, on which connection it was asked, and when.
-    version: Arc<Mutex<Option<(Version, u64, Instant)>>>,
+    version: Arc<Mutex<Option<(ContainerdVersion, u64, Instant)>>>,
 }
 
 /// What containerd knows of a blob.
@@ -182,7 +141,7 @@ impl Containerd {
     ///
     /// # Errors
     /// It does not answer.
-    pub async fn version(&self) -> Result<Version, ContainerdError> {
+    pub async fn version(&self) -> Result<ContainerdVersion, ContainerdError> {
         let known = *self.version.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((version, connection, asked)) = known
             && connection == self.connections.load(Ordering::Acquire)
@@ -294,24 +253,6 @@ impl Containerd {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn versions_are_read_as_distributions_write_them() {
-        for (text, version) in [
-            ("1.6.20~ds1", Version::new(1, 6)),
-            ("1.7", Version::new(1, 7)),
-            ("v1.7.24", Version::new(1, 7)),
-            ("2.1.9+ds1-1", Version::new(2, 1)),
-            ("v2.4.0-beta.0-12-g301026e58.m", Version::new(2, 4)),
-            ("v2.10.0", Version::new(2, 10)),
-        ] {
-            assert_eq!(text.parse(), Ok(version), "{text}");
-        }
-        for text in ["", "v", "2", "two.one", "2.", ".1", "v2.x", "-1.2", "+1.7", "99999999999.1"] {
-            assert_eq!(text.parse::<Version>(), Err(VersionError(text.to_owned())), "{text}");
-        }
-        assert!(Version::new(2, 10) > Version::new(2, 4) && Version::new(3, 0) > Version::new(2, 10));
-    }
 
     #[test]
     fn a_blob_is_from_where_containerd_noted() {

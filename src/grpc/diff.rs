@@ -4,6 +4,7 @@
 //! snapshotters, media types that are no plain tars, and the making of diffs.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tonic::transport::Channel;
@@ -14,7 +15,7 @@ use super::proto::containerd::services::content::v1::content_client::ContentClie
 use super::proto::containerd::services::diff::v1::diff_server::Diff;
 use super::proto::containerd::services::diff::v1::{ApplyRequest, ApplyResponse, DiffRequest, DiffResponse};
 use super::proto::containerd::types;
-use super::status;
+use super::{Calls, status};
 use crate::model::{BlobDigest, DiffId};
 use crate::oci::media;
 use crate::snapshots::SnapshotsError;
@@ -25,6 +26,9 @@ const NAMESPACE: &str = "containerd-namespace";
 
 /// Pieces of a blob on their way from containerd; it sends 1 MiB at a time.
 const PIECES: usize = 4;
+
+/// How long a piece may take: containerd reads it from its disk.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A layer that is to be applied.
 #[derive(Debug, Clone)]
@@ -88,7 +92,16 @@ pub enum DifferError {
     Broken,
 }
 
-pub(super) struct DiffService(pub(super) Arc<dyn Differ>);
+pub(super) struct DiffService {
+    differ: Arc<dyn Differ>,
+    calls: Arc<Calls>,
+}
+
+impl DiffService {
+    pub(super) const fn new(differ: Arc<dyn Differ>, calls: Arc<Calls>) -> Self {
+        Self { differ, calls }
+    }
+}
 
 #[async_trait]
 impl Diff for DiffService {
@@ -98,9 +111,10 @@ impl Diff for DiffService {
         let ApplyRequest { diff, mounts, payloads: _, sync_fs: _ } = request.into_inner();
         let began = std::time::Instant::now();
         let applied = match order(diff, mounts, namespace) {
-            Ok(order) => self.0.apply(order).await,
+            Ok(order) => self.differ.apply(order).await,
             Err(error) => Err(error),
         };
+        self.calls.count("apply", began.elapsed(), applied.is_err());
         let Uncompressed { diff_id, size } = applied.map_err(|error| status::of_differ(&error))?;
         tracing::debug!(%diff_id, milliseconds = began.elapsed().as_millis(), "applied");
         let applied = types::Descriptor {
@@ -146,9 +160,10 @@ pub fn read_content(
     }
     tokio::spawn(async move {
         let reading = async {
-            let mut stream = ContentClient::new(containerd).read(request).await?.into_inner();
+            let mut client = ContentClient::new(containerd);
+            let mut stream = in_time(client.read(request)).await?.into_inner();
             let mut read = 0_u64;
-            while let Some(piece) = stream.message().await? {
+            while let Some(piece) = in_time(stream.message()).await? {
                 read = read.saturating_add(piece.data.len() as u64);
                 if pieces.send(Ok(piece.data.into())).await.is_err() {
                     // Nobody wants more.
@@ -166,4 +181,8 @@ pub fn read_content(
         pieces.send(Err(failed)).await.ok();
     });
     received
+}
+
+async fn in_time<T>(asking: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
+    tokio::time::timeout(PATIENCE, asking).await.unwrap_or_else(|_| Err(status::silent(PATIENCE)))
 }

@@ -24,14 +24,16 @@ mod service;
 mod snapshotter;
 mod status;
 mod translate;
+mod version;
 
-pub use ask::{containerd_version, snapshotter_answers};
+pub use ask::snapshotter_answers;
 pub use calls::{Calls, Tally};
 pub use client::connect;
-pub use containerd::{Containerd, ContainerdError, Content, Version, VersionError};
+pub use containerd::{Containerd, ContainerdError, Content};
 pub use cri::CriProxy;
 pub use diff::{Differ, DifferError, Given, Order, Uncompressed, read_content};
 pub use server::{ServeError, Services, adopt, bind, serve};
 pub use snapshotter::{Mount, Prepared, Snapshotter, SnapshotterError};
 /// What makes `async fn` of a trait that is used behind a pointer.
 pub use tonic::async_trait;
+pub use version::{ContainerdVersion, VersionError};

@@ -104,8 +104,9 @@ pub async fn serve(
     services: Services,
     shutdown: impl Future<Output = ()> + Send,
 ) -> Result<(), ServeError> {
+    let diff = |differ| DiffServer::new(DiffService::new(differ, Arc::clone(&services.calls)));
+    let diff = services.differ.map(diff);
     let snapshots = SnapshotsServer::new(Service::new(services.snapshotter, services.calls));
-    let diff = services.differ.map(|differ| DiffServer::new(DiffService(differ)));
     let server = Server::builder().add_service(snapshots).add_optional_service(diff);
     let serving = server.serve_with_incoming_shutdown(accepted(listener), shutdown);
     serving.await.map_err(ServeError::Ended)

@@ -3,6 +3,8 @@
 //! containerd acts on the codes: a removal that is refused otherwise than by `FailedPrecondition` ends its round of garbage
 //! collection; `AlreadyExists` of a preparation means that the layer is there; `Unavailable` may be tried again.
 
+use std::time::Duration;
+
 use tonic::{Code, Status};
 
 use super::{DifferError, SnapshotterError};
@@ -31,6 +33,11 @@ pub(super) fn unreachable(whom: &str, error: &(dyn std::error::Error + 'static))
 /// A message that did not come whole, or is larger than any.
 pub(super) fn cut(error: &(dyn std::error::Error + 'static)) -> Status {
     Status::aborted(format!("the message did not come whole: {}", words(error)))
+}
+
+/// Somebody who was asked does not answer.
+pub(super) fn silent(patience: Duration) -> Status {
+    Status::deadline_exceeded(format!("no answer within {patience:?}"))
 }
 
 /// True if somebody who was asked does not have it.

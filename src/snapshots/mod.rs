@@ -224,6 +224,11 @@ impl Snapshots {
         self.records.read(|chain| chain.walk().find(|snapshot| snapshot.slot == slot).cloned())
     }
 
+    /// The directory of a snapshot whose files are no layer.
+    pub fn files_of(&self, snapshot: &Snapshot) -> PathBuf {
+        self.files.own(snapshot.slot).upper
+    }
+
     /// A snapshot that shows `parent` and cannot be written to.
     ///
     /// # Errors

@@ -10,6 +10,9 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::thread;
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -193,6 +196,23 @@ pub fn refuse(device: impl AsFd, unique: u64, errno: i32) -> io::Result<bool> {
         Ok(_) => Ok(true),
         Err(Errno::NOENT) => Ok(false),
         Err(errno) => Err(errno.into()),
+    }
+}
+
+/// True if the connection that is mounted on `path` is over: nobody serves it, and nobody keeps it for a server to come. It is
+/// asked what only a server can answer, on a thread of its own, since one that is kept answers when there is a server again; who
+/// has not answered within `patience` is taken for that.
+pub fn is_over(path: &Path, patience: Duration) -> bool {
+    let (tell, told) = sync_channel(1);
+    let asked = path.to_owned();
+    let asking = thread::Builder::new().name("ask-fuse".to_owned()).spawn(move || {
+        // Who does not want to know any more has gone.
+        tell.send(rustix::fs::statfs(&asked).is_ok()).ok();
+    });
+    match asking.map(|_| told.recv_timeout(patience)) {
+        Ok(Ok(answered)) => !answered,
+        Ok(Err(RecvTimeoutError::Timeout)) => false,
+        Ok(Err(RecvTimeoutError::Disconnected)) | Err(_) => true,
     }
 }
 

@@ -6,6 +6,7 @@ pub mod fuse;
 mod hole;
 pub mod idmap;
 mod lock;
+pub mod look;
 pub mod loopdev;
 mod map;
 pub mod mount;

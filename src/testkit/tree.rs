@@ -6,18 +6,19 @@
 //! the other times are not compared.
 
 use std::collections::BTreeMap;
-use std::ffi::{CStr, CString};
+use std::ffi::CString;
 use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io::Read as _;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail, ensure};
 
 use crate::erofs::{Image, Inode, Nid};
 use crate::model::{Algorithm, Attributes, DeviceNumber, Digest, FileKind, Hasher, Name, ReadAt, Timestamp, Xattr};
+use crate::sys::look::{self, FileId};
 
 /// How much is read at once.
 const READ_SIZE: usize = 1 << 20;
@@ -79,7 +80,7 @@ impl Listing {
 
     fn walk(root: &Path, refusals: bool) -> anyhow::Result<Self> {
         let mut listing = Self::default();
-        let mut files: BTreeMap<Vec<u8>, (u64, u64)> = BTreeMap::new();
+        let mut files: BTreeMap<Vec<u8>, FileId> = BTreeMap::new();
         let mut left: Vec<(Vec<u8>, Option<FileKind>)> = vec![(Vec::new(), Some(FileKind::Directory))];
         while let Some((path, listed_as)) = left.pop() {
             let full = if path.is_empty() {
@@ -87,19 +88,18 @@ impl Listing {
             } else {
                 root.join(Path::new(std::ffi::OsStr::from_bytes(&path)))
             };
-            let (attributes, identity) = match stat(&full) {
+            let (attributes, identity) = match look::attributes(&full) {
                 Err(error) if refusals => {
-                    let errno = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error);
+                    let errno = error.source.raw_os_error();
                     let errno = errno.with_context(|| format!("cannot stat {}", full.display()))?;
                     if errno != libc::ENOENT {
                         listing.nodes.insert(path.clone(), Node::refused(path, listed_as, errno));
                     }
                     continue;
                 }
-                other => other.with_context(|| format!("cannot stat {}", full.display()))?,
+                other => other?,
             };
-            let xattrs =
-                xattrs_of(&full).with_context(|| format!("cannot read the attributes of {}", full.display()))?;
+            let xattrs = look::xattrs(&full)?;
             let content =
                 content_of(&full, attributes.kind).with_context(|| format!("cannot read {}", full.display()))?;
             if attributes.kind == FileKind::Directory {
@@ -302,48 +302,6 @@ fn kind_of(file_type: fs::FileType) -> Option<FileKind> {
         () if file_type.is_socket() => FileKind::Socket,
         () => return None,
     })
-}
-
-/// What `lstat` tells, and which file it is.
-fn stat(path: &Path) -> anyhow::Result<(Attributes, (u64, u64))> {
-    let metadata = fs::symlink_metadata(path)?;
-    let mode = u16::try_from(metadata.mode()).context("a mode has 16 bits")?;
-    let rdev = metadata.rdev();
-    let attributes = Attributes {
-        kind: FileKind::from_mode(mode).context("a mode has a type")?,
-        permissions: mode & 0o7777,
-        uid: metadata.uid(),
-        gid: metadata.gid(),
-        mtime: Timestamp {
-            seconds: metadata.mtime(),
-            nanos: u32::try_from(metadata.mtime_nsec()).context("nanoseconds are positive")?,
-        },
-        nlink: u32::try_from(metadata.nlink()).context("link counts have 32 bits")?,
-        size: metadata.size(),
-        rdev: DeviceNumber { major: rustix::fs::major(rdev), minor: rustix::fs::minor(rdev) },
-    };
-    Ok((attributes, (metadata.dev(), metadata.ino())))
-}
-
-/// All extended attributes as this process may see them, sorted.
-fn xattrs_of(path: &Path) -> anyhow::Result<Vec<Xattr>> {
-    let mut names = vec![0_u8; 1 << 16];
-    let len = match rustix::fs::llistxattr(path, &mut names) {
-        Ok(len) => len,
-        Err(rustix::io::Errno::NOTSUP) => return Ok(Vec::new()),
-        Err(error) => return Err(error.into()),
-    };
-    names.truncate(len);
-    let mut xattrs = Vec::new();
-    let mut value = vec![0_u8; 1 << 16];
-    for name in names.split_inclusive(|byte| *byte == 0) {
-        let name = CStr::from_bytes_with_nul(name).context("a name of an attribute has no end")?;
-        let len =
-            rustix::fs::lgetxattr(path, name, &mut value).with_context(|| format!("cannot get attribute {name:?}"))?;
-        xattrs.push(Xattr { name: name.to_bytes().into(), value: value[..len].into() });
-    }
-    xattrs.sort();
-    Ok(xattrs)
 }
 
 fn content_of(path: &Path, kind: FileKind) -> anyhow::Result<Content> {

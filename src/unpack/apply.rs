@@ -83,7 +83,15 @@ impl Default for Told {
 impl Told {
     /// Of a layer that is finished.
     pub(crate) fn known(below: Below) -> Self {
-        Self { image: watch::Sender::new(Some(below)), root: watch::Sender::new(Some(Root::InImage)) }
+        let told = Self::default();
+        told.tell(below);
+        told
+    }
+
+    /// Tells those above that the layer is finished.
+    pub(crate) fn tell(&self, below: Below) {
+        self.image.send_replace(Some(below));
+        self.root.send_replace(Some(Root::InImage));
     }
 
     /// For those above.

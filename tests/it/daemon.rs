@@ -191,7 +191,8 @@ fn mounts_of_a_killed_daemon_are_told_and_brought_back_by_the_next() {
     let status = stage.status();
     assert_eq!(status.len(), 2);
     for mount in &status {
-        assert_eq!(mount["state"], "dead", "{mount}");
+        // Somebody keeps the connection, or the kernel needs none.
+        assert!(["kept", "alone"].contains(&mount["state"].as_str().unwrap()), "{mount}");
     }
     let before = registry.requests().len();
 

@@ -26,12 +26,13 @@ use headstart::testkit::containerd::FakeContainerd;
 use headstart::testkit::layers::{Options, Stack, compress, plain_tar, stacks};
 use headstart::testkit::tree::Listing;
 use proptest::prelude::*;
+use proptest::sample::Index;
 use tokio::sync::oneshot;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
 use super::convert_image::comparable;
-use super::mounts::Kernel;
+use super::mounts::{Kernel, run};
 
 const MIXED: [Compression; 3] = [Compression::Gzip, Compression::Plain, Compression::Zstd];
 
@@ -216,9 +217,24 @@ impl Stage {
         self.node().snapshots.stat(key).unwrap()
     }
 
+    /// Unpacks as another differ does, whose layers are these directories.
+    async fn unpack_elsewhere(&self, layers: &[Layer], directories: &[PathBuf]) {
+        let mut parent = String::new();
+        for (layer, directory) in layers.iter().zip(directories) {
+            let labels = labels(layer, false);
+            let mounts = self.prepare(layer.key(), parent.clone(), &labels).await;
+            copy_tree(directory, &upper_of(&mounts));
+            self.commit(layer, parent, &labels).await;
+            parent = layer.name();
+        }
+    }
+
     /// Unpacks as containerd does one layer after the other.
     async fn unpack(&self, layers: &[Layer]) {
-        let mut parent = String::new();
+        self.unpack_on(String::new(), layers).await;
+    }
+
+    async fn unpack_on(&self, mut parent: String, layers: &[Layer]) {
         for (number, layer) in layers.iter().enumerate() {
             self.download(layer, number % 2 == 0);
             let labels = labels(layer, false);
@@ -260,14 +276,32 @@ impl Stage {
             assert_eq!(snapshot.kind, Kind::Committed);
             assert_eq!(snapshot.parent.as_ref().map(|parent| parent.as_str().to_owned()), below);
             below = Some(layer.name());
-            let Content::Layer(slot) = snapshot.content else { panic!("{snapshot:?} is no layer") };
-            let id = &all.layer(slot).unwrap().id;
-            assert_eq!((id.diff_id, id.blob), (layer.diff_id, layer.digest()));
-            let path = image_path(&self.path("root"), &id.blob, &id.anchor).unwrap();
-            std::fs::read(path).unwrap()
+            self.image(layer)
         });
         images.collect()
     }
+
+    /// The image that the committed snapshot of `layer` shows.
+    fn image(&self, layer: &Layer) -> Vec<u8> {
+        let all = self.node().snapshots.all();
+        let snapshot = all.stat(&layer.name()).unwrap();
+        let Content::Layer(slot) = snapshot.content else { panic!("{snapshot:?} is no layer") };
+        let id = &all.layer(slot).unwrap().id;
+        assert_eq!((id.diff_id, id.blob), (layer.diff_id, layer.digest()));
+        let path = image_path(&self.path("root"), &id.blob, &id.anchor).unwrap();
+        std::fs::read(path).unwrap()
+    }
+}
+
+/// The directory that is written to through `mounts`.
+fn upper_of(mounts: &[Mount]) -> PathBuf {
+    let [Mount { source, options, .. }] = mounts else { panic!("{mounts:?}") };
+    options.iter().find_map(|option| option.strip_prefix("upperdir=")).unwrap_or(source).into()
+}
+
+/// Copies everything that a layer may say of its files: marks, attributes, links, times.
+fn copy_tree(from: &Path, to: &Path) {
+    run("cp", &["-a", &format!("{}/.", from.display()), to.to_str().unwrap()]);
 }
 
 fn labels(layer: &Layer, at_once: bool) -> Vec<(&'static str, String)> {
@@ -303,6 +337,25 @@ proptest! {
         let difference = difference(&stack, &images);
         prop_assert!(difference.is_none(), "{}", difference.unwrap_or_default());
     }
+
+    /// It makes no difference for a layer who has applied those below it.
+    #[test]
+    fn layers_on_what_another_differ_has_unpacked(stack in stacks(Options::default()), split in any::<Index>()) {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        let (expected, found) = runtime.block_on(async {
+            let stage = Stage::new().await;
+            let layers = Layer::all(&stack.tars());
+            stage.unpack(&layers).await;
+            let images = stage.images(&layers);
+            let split = split.index(layers.len()) + 1;
+            let (elsewhere, ours) = layers.split_at(split);
+            let other = Stage::new().await;
+            other.unpack_elsewhere(elsewhere, Kernel::stack(&images).layers()).await;
+            other.unpack_on(elsewhere.last().unwrap().name(), ours).await;
+            (images[split..].to_vec(), ours.iter().map(|layer| other.image(layer)).collect::<Vec<_>>())
+        });
+        prop_assert!(expected == found, "another image came of the same tar");
+    }
 }
 
 fn three() -> Vec<Layer> {
@@ -317,7 +370,7 @@ fn three() -> Vec<Layer> {
 async fn what_is_not_ours_is_left_to_others() {
     let stage = Stage::new().await;
     let layers = three();
-    let [lower, upper, _] = &layers[..] else { unreachable!() };
+    let lower = &layers[0];
     let mounts = stage.prepare(lower.key(), String::new(), &labels(lower, false)).await;
     let mount = |kind: &str, source: &str, options: &[&str]| {
         let options = options.iter().map(|&option| option.to_owned()).collect();
@@ -344,11 +397,54 @@ async fn what_is_not_ours_is_left_to_others() {
     }
     let error = DiffClient::new(stage.node().channel.clone()).diff(DiffRequest::default()).await.unwrap_err();
     assert_eq!(error.code(), Code::Unimplemented);
-    // Another differ has written into the lowest: what stands on that is left to it, too.
-    stage.commit(lower, String::new(), &labels(lower, false)).await;
-    let mounts = stage.prepare(upper.key(), lower.name(), &labels(upper, false)).await;
-    assert_eq!(stage.apply(upper.descriptor(), mounts).await.unwrap_err().code(), Code::Unimplemented);
-    assert_eq!(stage.stat(&upper.key()).content, Content::Files);
+}
+
+/// Who waits for a layer that another differ applies waits for its commit.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_layer_above_one_that_another_differ_applies() {
+    let stage = Stage::new().await;
+    let layers = three();
+    let [lower, upper, _] = &layers[..] else { unreachable!() };
+    let below = stage.prepare(lower.key(), String::new(), &labels(lower, true)).await;
+    let mounts = stage.prepare(upper.key(), String::new(), &labels(upper, true)).await;
+    stage.download(upper, true);
+    let strange = Descriptor { media_type: "application/x-strange".to_owned(), ..lower.descriptor() };
+    assert_eq!(stage.apply(strange, below.clone()).await.unwrap_err().code(), Code::Unimplemented);
+    let elsewhere = async {
+        let directory = upper_of(&below);
+        std::fs::create_dir(directory.join("etc")).unwrap();
+        std::fs::write(directory.join("etc/passwd"), "root").unwrap();
+        stage.commit(lower, String::new(), &labels(lower, true)).await;
+    };
+    let (applied, ()) = tokio::join!(stage.apply(upper.descriptor(), mounts), elsewhere);
+    assert_eq!(applied.unwrap().digest, upper.diff_id.to_string());
+    stage.commit(upper, lower.name(), &labels(upper, true)).await;
+    assert_eq!(stage.stat(&lower.name()).content, Content::Files);
+    assert!(!stage.image(upper).is_empty());
+}
+
+/// What one pull gives up is not taken from another of the same image.
+#[tokio::test(flavor = "multi_thread")]
+async fn pulls_of_one_image_in_two_namespaces_go_on_alone() {
+    let stage = Stage::new().await;
+    let layers = three();
+    let [lower, upper, _] = &layers[..] else { unreachable!() };
+    let other = |layer: &Layer| format!("other/1/extract-2 {}", layer.chain);
+    let below = stage.prepare(lower.key(), String::new(), &labels(lower, true)).await;
+    let mounts = stage.prepare(upper.key(), String::new(), &labels(upper, true)).await;
+    for layer in [lower, upper] {
+        stage.prepare(other(layer), String::new(), &labels(layer, true)).await;
+        stage.download(layer, true);
+    }
+    // The upper one waits; meanwhile the other pull ends, and only then the lower one comes.
+    let goes_on = async {
+        stage.remove(other(lower)).await;
+        stage.remove(other(upper)).await;
+        stage.apply(lower.descriptor(), below).await
+    };
+    let (above, below) = tokio::join!(stage.apply(upper.descriptor(), mounts), goes_on);
+    assert_eq!(below.unwrap().digest, lower.diff_id.to_string());
+    assert_eq!(above.unwrap().digest, upper.diff_id.to_string());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -377,8 +473,7 @@ async fn a_layer_that_is_not_what_it_should_be_leaves_the_snapshot_as_it_was() {
     assert_eq!(stage.apply(cut.descriptor(), mounts.clone()).await.unwrap_err().code(), Code::Unavailable);
     let snapshot = stage.stat(&upper.key());
     assert_eq!((snapshot.kind, snapshot.content), (Kind::Active, Content::Files));
-    let upper_directory = mounts[0].options.iter().find_map(|option| option.strip_prefix("upperdir=")).unwrap();
-    assert!(Path::new(upper_directory).is_dir());
+    assert!(upper_of(&mounts).is_dir());
 }
 
 #[tokio::test(flavor = "multi_thread")]

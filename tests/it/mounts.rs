@@ -82,6 +82,11 @@ impl Kernel {
     pub(crate) fn tree(&self) -> &Path {
         self.mounted.last().unwrap()
     }
+
+    /// The layers, each as it is, the lowest first.
+    pub(crate) fn layers(&self) -> &[PathBuf] {
+        self.mounted.split_last().unwrap().1
+    }
 }
 
 impl Drop for Kernel {

@@ -22,6 +22,7 @@ use headstart::testkit::lazy::{LazyBytes, LazyLayer, Reaction};
 use headstart::testkit::waiting::PATIENCE;
 use headstart::vfs::{Forest, LayerSlot, SnapshotSlot, open_layers};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::cli::stage::{Registry, Stage, tar};
 use crate::daemon::Daemon;
@@ -381,6 +382,55 @@ fn a_daemon_that_is_asked_to_end_leaves_its_mounts_to_the_next() {
     // With nothing to be shown there is nothing to be left.
     let log = daemon.end();
     assert!(!log.contains("mounts stay"), "{log}");
+    stage.assert_clean();
+}
+
+/// The process that holds the connection of a stage's daemon.
+fn holder(stage: &Stage) -> Option<Pid> {
+    let run = stage.path("run").into_os_string().into_encoded_bytes();
+    let entries = fs::read_dir("/proc").unwrap().flatten();
+    let mut ids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    let holds = |id: &i32| {
+        let words = fs::read(format!("/proc/{id}/cmdline")).unwrap_or_default();
+        let words: Vec<&[u8]> = words.split(|byte| *byte == 0).collect();
+        words.contains(&&b"hold"[..]) && words.contains(&run.as_slice())
+    };
+    ids.find(holds).and_then(Pid::from_raw)
+}
+
+#[test]
+fn what_a_daemon_has_left_is_told_as_what_it_is() {
+    let stage = stage_that_keeps();
+    let daemon = Daemon::start(&stage);
+    let (registry, [fuse, kernel]) = mounted_twice(&stage);
+    let local = stage.make("local");
+    stage.ok(&["pull", &registry.image()]);
+    stage.ok(&["mount", "--driver", "local", &registry.image(), local.to_str().unwrap()]);
+    stage.ok(&["umount", kernel.to_str().unwrap()]);
+    daemon.end();
+    let state = |point: &Path| {
+        let status = stage.status();
+        let mount = status.iter().find(|mount| mount["mount_point"].as_str() == point.to_str()).unwrap();
+        mount["state"].as_str().unwrap().to_owned()
+    };
+    let found = || -> Vec<String> {
+        let output = stage.run(&["--json", "doctor", "--quiet", "--containerd-config", "/no/such/file"]);
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        let findings = report["findings"].as_array().unwrap().iter();
+        findings.map(|finding| finding["check"].as_str().unwrap().to_owned()).collect()
+    };
+    assert_eq!((state(&fuse).as_str(), state(&local).as_str()), ("kept", "alone"));
+    assert!(stage.ok(&["status"]).contains("reads wait for the next daemon"));
+    // What somebody needs is nothing to be cleaned up.
+    assert!(found().contains(&"daemon".to_owned()) && !found().contains(&"leftovers".to_owned()), "{:?}", found());
+    kill_process(holder(&stage).expect("somebody keeps the connection"), Signal::KILL).unwrap();
+    eventually("the end of the connection", || state(&fuse) == "dead");
+    assert_eq!(state(&local), "alone");
+    assert!(found().contains(&"leftovers".to_owned()), "{:?}", found());
+    for point in [&fuse, &local] {
+        stage.ok(&["umount", point.to_str().unwrap()]);
+    }
+    Daemon::start(&stage).end();
     stage.assert_clean();
 }
 

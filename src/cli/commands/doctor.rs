@@ -9,7 +9,7 @@ use crate::cli::args;
 use crate::cli::exit::{Problem, Told};
 use crate::cli::output;
 use crate::daemon::config::Surroundings;
-use crate::doctor::{self, ContainerdVersion, Finding, Reader, Remedy, Severity, Whereabouts};
+use crate::doctor::{self, Finding, Reader, Remedy, Severity, Whereabouts};
 use crate::oci::Platform;
 
 /// What `doctor --json` prints.
@@ -23,7 +23,7 @@ struct Report<'a> {
 pub(crate) fn doctor(context: &Context, arguments: &args::Doctor) -> anyhow::Result<ExitCode> {
     let whereabouts = Whereabouts {
         containerd_config: arguments.containerd_config.clone(),
-        containerd_version: arguments.containerd_version.or_else(|| configured(context)),
+        containerd_version: arguments.containerd_version.or(context.config.containerd.version),
         containerd_socket: context.config.containerd.address.clone(),
         snapshotter: context.config.containerd.enabled.then(|| context.config.containerd.socket.clone()),
         config: context.config_file.clone().unwrap_or_else(|| Surroundings::of_this_process().config_file()),
@@ -66,7 +66,7 @@ fn text(finding: &Finding) -> String {
 }
 
 pub(crate) fn containerd_config(context: &Context, arguments: &args::ContainerdConfig) -> anyhow::Result<ExitCode> {
-    let version = match arguments.version.or_else(|| configured(context)) {
+    let version = match arguments.version.or(context.config.containerd.version) {
         Some(version) => version,
         None => {
             let none = || Err("there is no containerd here".to_owned());
@@ -95,9 +95,4 @@ pub(crate) fn containerd_config(context: &Context, arguments: &args::ContainerdC
         false => output::line(text.trim_end())?,
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// The version that our configuration says containerd has.
-fn configured(context: &Context) -> Option<ContainerdVersion> {
-    context.config.containerd.version.map(|(major, minor)| ContainerdVersion::new(major, minor))
 }

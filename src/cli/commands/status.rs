@@ -12,12 +12,19 @@ use tokio::runtime::Runtime;
 use super::{Context, daemon};
 use crate::cli::{output, report};
 use crate::control::{Client, ControlError, DaemonStatus, HostStatus, LayerState, MountRecord, MountStatus};
+use crate::daemon::left::{Left, is_kept};
 use crate::daemon::mounts::{Entry, Mounts};
 use crate::daemon::place;
 
 pub(crate) fn status(context: &Context) -> anyhow::Result<ExitCode> {
     let entries = Mounts::look(&context.config.root)?;
-    let mut hosts = Hosts { runtime: context.runtime()?, told: BTreeMap::new(), silent: BTreeSet::new() };
+    let mut hosts = Hosts {
+        runtime: context.runtime()?,
+        told: BTreeMap::new(),
+        silent: BTreeSet::new(),
+        kept: BTreeMap::new(),
+        next: place::find(&context.config.root)?.is_some(),
+    };
     let daemon = match daemon::find(context) {
         Ok(Some((holder, _))) => match hosts.ask(&holder.socket)? {
             Heard::Told(told) => Some(told.daemon.clone()),
@@ -69,6 +76,10 @@ enum State {
     Serving,
     /// Its process lives and does not answer.
     Silent,
+    /// Its daemon is gone and its connection is kept: reads that need it wait for the next daemon.
+    Kept,
+    /// Its daemon is gone, and it needs none: the kernel reads local files.
+    Alone,
     /// Its process is gone without having unmounted.
     Dead,
 }
@@ -79,6 +90,10 @@ struct Hosts {
     told: BTreeMap<PathBuf, HostStatus>,
     /// Nobody waits for them a second time.
     silent: BTreeSet<PathBuf>,
+    /// Run directories of daemons that are gone, and whether their connections are kept.
+    kept: BTreeMap<PathBuf, bool>,
+    /// There is a daemon again: what it has not taken up it could not.
+    next: bool,
 }
 
 /// What a process said.
@@ -106,24 +121,37 @@ impl Hosts {
         }
         Ok(self.told.get(socket).map_or(Heard::Nothing, Heard::Told))
     }
+
+    /// A mount whose process is gone.
+    fn left(&mut self, entry: &Entry) -> Seen {
+        let (kept, next) = (&mut self.kept, self.next);
+        let is_kept = |run: &Path| *kept.entry(run.to_owned()).or_insert_with(|| !next && is_kept(run));
+        let state = match Left::of(entry, is_kept) {
+            Left::Kept => State::Kept,
+            Left::Alone if !next => State::Alone,
+            Left::Alone | Left::Dead => State::Dead,
+        };
+        known(entry, state)
+    }
 }
 
 /// What there is to tell of a mount; nothing if it is about to end.
 fn see(hosts: &mut Hosts, entry: &Entry) -> anyhow::Result<Option<Seen>> {
     if !entry.alive {
-        return Ok(Some(known(entry, State::Dead)));
+        return Ok(Some(hosts.left(entry)));
     }
     let told = match hosts.ask(&entry.socket()) {
         Ok(Heard::Told(told)) => told,
         // A process that lives and does not listen any more has unmounted.
         Ok(Heard::Nobody) => {
-            return Ok(entry.look_again()?.filter(|entry| !entry.alive).map(|entry| known(&entry, State::Dead)));
+            return Ok(entry.look_again()?.filter(|entry| !entry.alive).map(|entry| hosts.left(&entry)));
         }
         // It may have died over the question.
         silent => {
+            let silent = silent.map(drop);
             return match entry.look_again()? {
-                Some(entry) if entry.alive => silent.map(|_| Some(known(&entry, State::Silent))).map_err(Into::into),
-                Some(entry) => Ok(Some(known(&entry, State::Dead))),
+                Some(entry) if entry.alive => silent.map(|()| Some(known(&entry, State::Silent))).map_err(Into::into),
+                Some(entry) => Ok(Some(hosts.left(&entry))),
                 None => Ok(None),
             };
         }
@@ -162,6 +190,10 @@ fn table(daemon: Option<&DaemonStatus>, mounts: &[Seen]) -> String {
                 HumanBytes(status.bytes_fetched),
                 HumanBytes(status.bytes_demanded)
             )),
+            State::Kept => lines.push(format!(
+                "  its daemon (process {pid}) is gone and its connection is kept: reads wait for the next daemon"
+            )),
+            State::Alone => lines.push(format!("  its daemon (process {pid}) is gone, and it goes on without one")),
             State::Dead | State::Silent => {
                 let what = if *state == State::Dead { "is gone" } else { "does not answer" };
                 let log = log.as_ref().map(|log| format!("; its log is {}", log.display())).unwrap_or_default();

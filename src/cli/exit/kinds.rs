@@ -8,6 +8,7 @@ use crate::chain::{ChainError, Damage};
 use crate::chunked::{AssembleError, SequentialError};
 use crate::control::ControlError;
 use crate::convert::ImageError;
+use crate::convert::below::ViewError;
 use crate::convert::layer::LayerError;
 use crate::daemon::browse::BrowseError;
 use crate::daemon::config::ConfigError;
@@ -21,6 +22,7 @@ use crate::erofs;
 use crate::erofs::writer::TreeError;
 use crate::fetch::FetchError;
 use crate::fuse;
+use crate::grpc;
 use crate::layout::LayoutError;
 use crate::model::SourceError;
 use crate::oci::{DocumentError, PlanError, PlatformError, ReferenceError};
@@ -63,7 +65,8 @@ pub(super) fn known(error: &(dyn std::error::Error + 'static)) -> Option<Problem
         UnpackError => of_unpack,
         NeverLocal => of_never_local,
         erofs::Error => of_erofs,
-        overlay::Error<erofs::Error> => of_overlay,
+        overlay::Error<erofs::Error> => |error: &overlay::Error<erofs::Error>| of_overlay(error, of_erofs),
+        overlay::Error<ViewError> => |error: &overlay::Error<ViewError>| of_overlay(error, of_view),
         vfs::Error => of_vfs,
         vfs::OpenError => of_open,
         // What a mount waits for is known to it as an error and no more.
@@ -95,6 +98,7 @@ pub(super) fn known(error: &(dyn std::error::Error + 'static)) -> Option<Problem
         LedgerError => of_ledger,
         TarError => of_tar,
         ServeError => of_serve,
+        grpc::ServeError => of_containerds_socket,
         ControlError => of_control,
         io::Error => of_io_or_inside,
     }
@@ -296,6 +300,13 @@ fn of_serve(error: &ServeError) -> Option<Problem> {
     }
 }
 
+fn of_containerds_socket(error: &grpc::ServeError) -> Option<Problem> {
+    match error {
+        grpc::ServeError::Bind { source, .. } | grpc::ServeError::Adopt(source) => of_io_or_inside(source),
+        grpc::ServeError::Ended(_) => None,
+    }
+}
+
 fn of_control(error: &ControlError) -> Option<Problem> {
     match error {
         ControlError::Gone { .. } | ControlError::NoAnswer { .. } | ControlError::Ended { .. } => {
@@ -399,9 +410,19 @@ fn of_erofs(error: &erofs::Error) -> Option<Problem> {
     })
 }
 
-fn of_overlay(error: &overlay::Error<erofs::Error>) -> Option<Problem> {
+fn of_view(error: &ViewError) -> Option<Problem> {
     match error {
-        overlay::Error::Layer { source, .. } => of_erofs(source),
+        ViewError::Image(error) => of_erofs(error),
+        ViewError::Files(error) => of_io_or_inside(&error.source),
+    }
+}
+
+fn of_overlay<E: std::error::Error>(
+    error: &overlay::Error<E>,
+    of_layer: impl Fn(&E) -> Option<Problem>,
+) -> Option<Problem> {
+    match error {
+        overlay::Error::Layer { source, .. } => of_layer(source),
         overlay::Error::Metacopy { .. } | overlay::Error::TooLarge { .. } | overlay::Error::LayerCount(_) => {
             Some(Problem::Unsupported)
         }
@@ -415,7 +436,7 @@ fn of_overlay(error: &overlay::Error<erofs::Error>) -> Option<Problem> {
 fn of_vfs(error: &vfs::Error) -> Option<Problem> {
     match error {
         vfs::Error::Layer { source, .. } => of_erofs(source),
-        vfs::Error::Refused(error) => of_overlay(error),
+        vfs::Error::Refused(error) => of_overlay(error, of_erofs),
         vfs::Error::LayerCount(_) | vfs::Error::NumberTooLarge { .. } => Some(Problem::Unsupported),
         vfs::Error::Image { .. } => Some(Problem::Local),
         vfs::Error::IsADirectory(_)

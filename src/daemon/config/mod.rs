@@ -17,13 +17,13 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use crate::drivers::Wanted;
+use crate::grpc::ContainerdVersion;
 use crate::store::CacheGoal;
 use crate::sys::descriptors::Announced;
 use said::{Said, nearest_key, unknown_key};
 use values::{Size, Span};
 
 pub use values::parse_size;
-use values::parse_version;
 
 /// Why there is no configuration.
 #[derive(Debug, thiserror::Error)]
@@ -262,8 +262,8 @@ pub struct ContainerdSettings {
     pub address: PathBuf,
     /// Its directory of blobs.
     pub content: PathBuf,
-    /// Major and minor version; none is asked from containerd.
-    pub version: Option<(u32, u32)>,
+    /// Which containerd it is; none is asked from it.
+    pub version: Option<ContainerdVersion>,
     /// Whether layers that can be read before they are here are answered without being downloaded.
     pub lazy: bool,
     /// Whether labels that name an image are believed although containerd does not vouch for them.
@@ -391,8 +391,8 @@ impl Config {
         let version = match containerd.version.as_deref() {
             None | Some("auto") => None,
             Some(version) => {
-                let parsed = parse_version(version);
-                Some(parsed.ok_or_else(|| wrong("containerd.version", "must be auto or as 1.7"))?)
+                let parsed = version.parse();
+                Some(parsed.map_err(|_| wrong("containerd.version", "must be auto or as 1.7"))?)
             }
         };
         let driver = containerd.driver.as_deref().map(str::parse).transpose();
@@ -583,7 +583,7 @@ mod tests {
                 socket: "/s".into(),
                 address: "/a".into(),
                 content: "/b".into(),
-                version: Some((2, 4)),
+                version: Some(ContainerdVersion::new(2, 4)),
                 lazy: false,
                 trust_labels: true,
                 driver: Wanted::Driver(crate::drivers::Driver::Fuse),

@@ -64,12 +64,6 @@ pub fn parse_size(text: &str) -> Result<u64, &'static str> {
     number.checked_mul(factor).ok_or(FORM)
 }
 
-/// Major and minor version; more may follow.
-pub(super) fn parse_version(text: &str) -> Option<(u32, u32)> {
-    let mut numbers = text.splitn(3, '.');
-    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
-}
-
 macro_rules! deserialize_from_text {
     ($name:ident) => {
         impl<'de> Deserialize<'de> for $name {

@@ -3,9 +3,11 @@
 //!
 //! The stack below a layer is looked into where its tar does not say all. It is what its parents are; in parallel mode,
 //! where it has no parent yet, what its labels say: layers that are being applied at the same moment, or will be, are
-//! waited for. So layers of an image are applied all at once, and each ends after the one below it.
+//! waited for. So layers of an image are applied all at once, and each ends after the one below it. What another differ has
+//! applied lies in the directory of its snapshot, and is looked into there.
 //!
-//! Guarantees: a snapshot becomes a layer when the image is complete, safe on disk and shown, or stays as it was.
+//! Guarantees: a snapshot becomes a layer when the image is complete, safe on disk and shown, or stays as it was. Nobody waits
+//! for a snapshot that is gone, or that was finished by somebody else.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -19,10 +21,11 @@ use futures::future::BoxFuture;
 use tokio::sync::mpsc;
 use tonic::transport::Channel;
 
+use super::Node;
 use super::layers::{Asked, Layers, Offer};
-use super::{Node, spec};
-use crate::chain::{Chain, Content, Kind, Labels, Layer, Snapshot};
+use crate::chain::{Chain, Content, Kind, Labels, Layer, Snapshot, SnapshotSlot};
 use crate::convert::below::{Below, LayerBelow};
+use crate::daemon::recorder::spec;
 use crate::fetch::{Fetcher, LayerImage};
 use crate::grpc::{self, Differ, DifferError, Given, Order, Uncompressed, async_trait};
 use crate::model::{Algorithm, BlobDigest, ChainId, Digest};
@@ -37,21 +40,30 @@ const PARENT_CHAIN: &str = "containerd.io/snapshot/parent-chain-id";
 /// Most layers of a stack: overlayfs takes no more.
 const MOST_BELOW: usize = 500;
 
-/// Layers that are being applied, or are waited for, by the stack that they are the top of.
-///
+/// Snapshots into which layers are being applied, or whose layers are waited for. Those of two pulls are two, whatever they
+/// are to become: one may be given up.
+type Waited = HashMap<SnapshotSlot, Told>;
+
 /// Locked across a look into the records, so that nobody waits for a layer that has just been finished.
 #[derive(Debug, Default)]
-pub(super) struct Applies(Mutex<HashMap<ChainId, Told>>);
+pub(super) struct Applies(Mutex<Waited>);
 
 impl Applies {
-    fn table(&self) -> MutexGuard<'_, HashMap<ChainId, Told>> {
+    fn table(&self) -> MutexGuard<'_, Waited> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A snapshot is gone: whoever waits for its layer waits in vain.
     pub(super) fn gone(&self, snapshot: &Snapshot) {
-        if let Some(chain) = chain_of(&snapshot.labels) {
-            self.table().remove(&chain);
+        self.table().remove(&snapshot.slot);
+    }
+
+    /// A snapshot is committed. If others have applied its layer, it is in `directory`.
+    pub(super) fn committed(&self, snapshot: &Snapshot, directory: PathBuf) {
+        if let Some(told) = self.table().remove(&snapshot.slot)
+            && snapshot.content == Content::Files
+        {
+            told.tell(Below::Unpacked { directory: directory.into() });
         }
     }
 }
@@ -82,7 +94,6 @@ impl std::fmt::Debug for NodeDiffer {
 /// What is to be done, once it is known.
 struct Plan {
     snapshot: Snapshot,
-    chain: Option<ChainId>,
     apply: Apply,
 }
 
@@ -113,10 +124,8 @@ impl Differ for NodeDiffer {
             let known = known.ok_or_else(|| DifferError::NotOurs("the snapshot is another layer".to_owned()))?;
             return Ok(Uncompressed { diff_id: known.id.diff_id, size: None });
         }
-        let namespace = order.namespace.as_deref().unwrap_or_else(|| namespace_of(snapshot.key.as_str()));
-        let blob = self.content.open(namespace, order.blob, order.size);
         let differ = self.clone();
-        let done = self.blocking(move || differ.carry_out(plan, blob)).await;
+        let done = self.blocking(move || differ.carry_out(plan, &order)).await;
         drop(stop);
         done
     }
@@ -149,11 +158,7 @@ impl NodeDiffer {
             let mut table = inner.applies.table();
             let all = inner.snapshots.all();
             let (below_chain, below) = self.below(&all, &snapshot, &mut table)?;
-            let told = match chain {
-                Some(chain) => table.entry(chain).or_default().clone(),
-                None => Told::default(),
-            };
-            (below_chain, told, below)
+            (below_chain, table.entry(snapshot.slot).or_default().clone(), below)
         };
         let place = match chain {
             Some(chain) if below.is_empty() || below_chain.is_some() => Place::Known { chain, below: below_chain },
@@ -169,7 +174,7 @@ impl NodeDiffer {
             told,
             stop,
         };
-        Ok(Plan { snapshot, chain, apply })
+        Ok(Plan { snapshot, apply })
     }
 
     /// What `snapshot` stands on: what the stack is called, if somebody says so, and its layers, the lowest first.
@@ -177,7 +182,7 @@ impl NodeDiffer {
         &self,
         all: &Chain,
         snapshot: &Snapshot,
-        table: &mut HashMap<ChainId, Told>,
+        table: &mut Waited,
     ) -> Result<(Option<ChainId>, Vec<LayerBelow>), DifferError> {
         let mut layers = Vec::new();
         let mut next = next_below(all, snapshot)?;
@@ -194,10 +199,12 @@ impl NodeDiffer {
                     Some(layer) => self.known(layer)?,
                     None => return Err(DifferError::Broken),
                 },
-                Content::Files => match chain_of(&at.labels).filter(|_| at.kind == Kind::Active) {
-                    Some(chain) => table.entry(chain).or_default().below(),
-                    None => return Err(DifferError::NotOurs(format!("the files of {} are no layer", at.key))),
-                },
+                // Somebody applies it at this moment, or is about to.
+                Content::Files if at.kind == Kind::Active => table.entry(at.slot).or_default().below(),
+                Content::Files => {
+                    let directory = self.node.0.snapshots.files_of(at).into();
+                    Told::known(Below::Unpacked { directory }).below()
+                }
             });
             next = next_below(all, at)?;
         }
@@ -224,20 +231,21 @@ impl NodeDiffer {
         Ok(Told::known(below).below())
     }
 
-    fn carry_out(&self, plan: Plan, blob: Blob) -> Result<Uncompressed, DifferError> {
+    fn carry_out(&self, plan: Plan, order: &Order) -> Result<Uncompressed, DifferError> {
         let inner = &self.node.0;
-        let Plan { snapshot, chain, apply } = plan;
+        let Plan { snapshot, apply } = plan;
         let applied = match apply.existing() {
             Ok(Some(applied)) => Ok(applied),
-            Ok(None) => apply.run(blob),
+            Ok(None) => {
+                let namespace = order.namespace.as_deref().unwrap_or_else(|| namespace_of(snapshot.key.as_str()));
+                apply.run(self.content.open(namespace, order.blob, order.size))
+            }
             Err(error) => Err(error),
         };
         let recorded = {
             // Whoever looks from now on finds it in the records.
             let mut table = inner.applies.table();
-            if let Some(chain) = chain {
-                table.remove(&chain);
-            }
+            table.remove(&snapshot.slot);
             applied.map_err(DifferError::from).and_then(|applied| {
                 let snapshot = inner.snapshots.become_layer(snapshot.key.as_str(), &spec(&applied.layer))?;
                 Ok((applied, snapshot))
@@ -260,8 +268,12 @@ fn next_below<'a>(all: &'a Chain, snapshot: &Snapshot) -> Result<Option<&'a Snap
         return Ok(None);
     };
     let called = |of: &&Snapshot| chain_of(&of.labels) == Some(chain);
-    // What is finished counts before what is being made.
-    let best = all.walk().filter(called).max_by_key(|of| (of.kind == Kind::Committed, of.content != Content::Files));
+    // What is finished counts before what is being made, and what the same pull makes before what another one does.
+    let namespace = namespace_of(snapshot.key.as_str());
+    let best = all.walk().filter(called).max_by_key(|of| {
+        let is_near = namespace_of(of.key.as_str()) == namespace;
+        (of.kind == Kind::Committed, of.content != Content::Files, is_near)
+    });
     let missing = || DifferError::Layers(format!("there is no snapshot of stack {chain} below").into());
     best.map(Some).ok_or_else(missing)
 }
@@ -304,7 +316,7 @@ enum Blob {
 }
 
 impl ContentStore {
-    /// The bytes of `blob`, from the directory if it has it whole.
+    /// The bytes of `blob`, from the directory if it has it whole. On a thread that may wait.
     fn open(&self, namespace: &str, blob: BlobDigest, size: u64) -> Blob {
         let path = self.directory.join("blobs").join(blob.0.algorithm().name()).join(blob.0.hex());
         match File::open(&path) {

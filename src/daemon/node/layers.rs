@@ -10,7 +10,7 @@ use futures::future::BoxFuture;
 use crate::chain::{Key, Labels, Layer, LayerSlot};
 use crate::fetch::LayerImage;
 
-/// Labels of this program's own: they stay when containerd replaces the others.
+/// Labels of this program's own: they stay when containerd replaces the others, and nobody else sets them.
 pub const OWN_LABELS: &str = "headstart.";
 
 /// A preparation that may be of a layer.

@@ -86,7 +86,11 @@ fn each_mistake_has_its_finding() {
     };
     let address = "address = \"/run/headstart/headstart.sock\"";
     let table = [
-        ("1.7.24", proxy("1.7.24", address, "address = '/run/other.sock'"), vec!["Must containerd.proxy"]),
+        (
+            "1.7.24",
+            proxy("1.7.24", address, "address = '/run/other.sock'"),
+            vec!["Must containerd.proxy", "Must containerd.differ"],
+        ),
         ("1.7.24", proxy("1.7.24", "type = \"snapshot\"", "type = 'snapshotter'"), vec!["Must containerd.proxy"]),
         ("1.7.24", proxy("1.7.24", "root = \"/var/lib/headstart\"", ""), vec!["Should containerd.exports"]),
         ("1.7.24", proxy("1.7.24", "/var/lib/headstart", "/var/lib/other"), vec!["Should containerd.exports"]),
@@ -103,7 +107,7 @@ fn each_mistake_has_its_finding() {
         (
             "1.6.20",
             proxy("1.6.20", "version = 2", "version = 2\n[proxy_plugins.d]\ntype = 'diff'"),
-            vec!["Must containerd.proxy"],
+            vec!["Must containerd.differ"],
         ),
         ("1.7.24", proxy("1.7.24", "version = 2", "version = 2\n[proxy_plugins.d]\ntype = 'diff'"), vec![]),
         (
@@ -117,6 +121,14 @@ fn each_mistake_has_its_finding() {
             vec!["Must containerd.unpack"],
         ),
         ("2.1.9", proxy("2.1.9", "linux/amd64", "linux/arm64"), vec!["Must containerd.unpack"]),
+        // Whoever leaves the differ out leaves it out everywhere, or the transfer service does not start.
+        (
+            "2.1.9",
+            proxy("2.1.9", "[proxy_plugins.headstart-diff]", "[proxy_plugins.other]"),
+            vec!["Must containerd.unpack"],
+        ),
+        ("2.1.9", proxy("2.1.9", "headstart-diff", "other"), vec![]),
+        ("1.7.24", proxy("1.7.24", "default = [\"headstart-diff\", \"walking\"]", ""), vec![]),
         ("2.3.4", proxy("2.3.4", "linux(+erofs)/amd64", "linux/arm64"), vec!["Should containerd.unpack"]),
         ("2.1.9", proxy("2.1.9", "\"remap-ids\"", "'rebase', 'remap-ids'"), vec!["Should containerd.rebase"]),
         ("2.2.7", proxy("2.2.7", "\"remap-ids\"", "'remap-ids', 'rebase'"), vec!["Must containerd.rebase"]),
@@ -223,6 +235,42 @@ fn without_version_or_file_there_is_a_word_about_it() {
         .push(super::super::config::Fault { path: "/f".into(), why: "line 1".into() });
     broken.idle.push("/etc/containerd/conf.d/headstart.toml".into());
     assert_eq!(complaints(&broken), ["Must containerd.config", "Should containerd.config"]);
+}
+
+/// What is said of who applies layers, and of who asks.
+#[test]
+fn who_applies_layers_is_told() {
+    let said = |version: &str, text: &str| -> Vec<(Severity, &'static str, bool)> {
+        let findings = examine(&facts(version, &[("/etc/containerd/config.toml", text)]), &ours());
+        let about = |finding: &Finding| matches!(finding.check, "containerd.differ" | "containerd.unpack");
+        let told = |finding: Finding| (finding.severity, finding.check, finding.remedy.is_some());
+        findings.into_iter().filter(about).map(told).collect()
+    };
+    let (good, note) = (Severity::Good, Severity::Note);
+    let without = |version: &str| advised(version).replace("type = \"diff\"", "type = 'content'");
+    for (version, text, expected) in [
+        ("1.6.20", advised("1.6.20"), vec![]),
+        ("1.7.24", advised("1.7.24"), vec![(good, "containerd.differ", false)]),
+        ("1.7.24", without("1.7.24"), vec![(note, "containerd.differ", true)]),
+        (
+            "1.7.24",
+            advised("1.7.24").replace("default = [\"headstart-diff\", ", "default = ["),
+            vec![(note, "containerd.differ", true)],
+        ),
+        ("2.1.9", advised("2.1.9"), vec![(good, "containerd.differ", false), (good, "containerd.unpack", false)]),
+        (
+            "2.1.9",
+            advised("2.1.9").replace("differ = \"headstart-diff\"", "differ = 'walking'"),
+            vec![(good, "containerd.differ", false), (note, "containerd.unpack", true)],
+        ),
+        (
+            "2.1.9",
+            without("2.1.9").replace("differ = \"headstart-diff\"", "differ = 'walking'"),
+            vec![(note, "containerd.differ", true), (good, "containerd.unpack", false)],
+        ),
+    ] {
+        assert_eq!(said(version, &text), expected, "{version}\n{text}");
+    }
 }
 
 #[test]

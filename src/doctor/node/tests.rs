@@ -31,6 +31,7 @@ fn healthy() -> NodeFacts {
             pid: Some(1),
             control: Answer::Ready,
             snapshotter: Some(("/run/headstart/headstart.sock".into(), Answer::Ready)),
+            kept: false,
             leftovers: Vec::new(),
         },
         login: LoginFacts { path: "/root/.docker/config.json".into(), found: Ok(Some((0o600, true, Vec::new()))) },
@@ -91,6 +92,13 @@ fn each_fault_has_its_finding() {
         (Box::new(|f| f.daemon.control = Answer::NotReady), &["Should daemon"]),
         (Box::new(move |f| f.daemon.snapshotter = Some(("/s".into(), silent()))), &["Must daemon.socket"]),
         (Box::new(|f| f.daemon.leftovers = vec!["loop device 1 (x)".into()]), &["Should leftovers"]),
+        (
+            Box::new(|f| {
+                (f.daemon.pid, f.daemon.kept) = (None, true);
+                f.daemon.leftovers = vec!["loop device 1 (x)".into()];
+            }),
+            &["Must daemon"],
+        ),
         (Box::new(|f| f.login.found = Ok(None)), &[]),
         (Box::new(|f| f.login.found = Err("why".into())), &["Must registry.logins"]),
         (Box::new(|f| f.login.found = Ok(Some((0o644, true, Vec::new())))), &["Must registry.logins"]),

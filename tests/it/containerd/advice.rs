@@ -82,6 +82,13 @@ fn containerd_understands_what_is_printed() {
         assert_eq!(text(&table, &["proxy_plugins", "headstart", "type"]), Some("snapshot"), "{version:?}");
         assert_eq!(text(&table, cri(version).0), Some("headstart"), "{version:?}");
         let exported = |key: &str| text(&table, &["proxy_plugins", "headstart", "exports", key]);
+        // 1.6 would not start with a differ.
+        let differ = text(&table, &["proxy_plugins", "headstart-diff", "type"]);
+        assert_eq!(differ, (version != Version::V1_6).then_some("diff"), "{version:?}");
+        if differ.is_some() {
+            let asked = at(&table, &["plugins", "io.containerd.service.v1.diff-service", "default"]).unwrap();
+            assert_eq!(asked[0].as_str(), Some("headstart-diff"), "{version:?}");
+        }
         match version {
             Version::V1_6 => {}
             Version::V1_7 => assert_eq!(exported("root"), stage.root().to_str()),
@@ -89,7 +96,10 @@ fn containerd_understands_what_is_printed() {
                 assert_eq!(exported("root"), stage.root().to_str());
                 assert_eq!(exported("enable_remote_snapshot_annotations"), Some("true"));
                 let entries = at(&table, &["plugins", "io.containerd.transfer.v1.local", "unpack_config"]).unwrap();
-                let ours = |entry: &toml::Value| entry["snapshotter"].as_str() == Some("headstart");
+                let ours = |entry: &toml::Value| {
+                    entry["snapshotter"].as_str() == Some("headstart")
+                        && entry["differ"].as_str() == Some("headstart-diff")
+                };
                 assert!(entries.as_array().unwrap().iter().any(ours), "{entries}");
             }
         }

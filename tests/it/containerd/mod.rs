@@ -9,6 +9,7 @@ mod applied;
 mod container;
 mod cri;
 mod image;
+mod judged;
 mod lazy;
 mod life;
 mod load;

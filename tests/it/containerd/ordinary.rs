@@ -1,23 +1,16 @@
 //! Images that nobody converted: containerd downloads and applies their layers, into the mounts that we return.
 
-use super::image;
-use super::stage::{K8S, OURS, Stage, Version};
+use super::judged::{pull_both_ways, start_judged};
+use super::stage::{OURS, Stage, Version};
 
 /// Pulled through the runtime interface and through `ctr`, run, and seen as under overlayfs.
 fn is_seen_as_under_overlayfs(version: Version) {
     let stage = Stage::new(version);
-    let every = stage.publish("every", &image::every_kind());
-    let many = stage.publish("many", &image::many(60));
-    stage.cri_pull(&every);
-    stage.ctr_pull("default", OURS, &many);
-    for (namespace, image) in [(K8S, &every), ("default", &many)] {
-        let container = stage.start(namespace, OURS, image);
-        let seen = container.sees();
-        assert!(seen.count() > 20, "{seen:?}");
-        seen.assert_equals(&stage.judge(image));
+    for (namespace, image) in pull_both_ways(&stage, 60) {
+        let container = start_judged(&stage, namespace, &image);
         // What is written stays in the container.
         container.exec("echo changed > /etc/passwd; test \"$(cat /etc/passwd)\" = changed");
-        let other = stage.start(namespace, OURS, image);
+        let other = stage.start(namespace, OURS, &image);
         assert!(other.exec("cat /etc/passwd").starts_with("root:"));
         other.end();
         container.end();

@@ -150,6 +150,14 @@ impl Stage {
         Self::build(version, &Setup { differ: OUR_DIFFER, ..Setup::default() })
     }
 
+    /// From now on our diff service is asked, as after a change of containerd's configuration.
+    pub(super) fn apply_from_now_on(&mut self) {
+        self.stop_containerd();
+        self.differ = OUR_DIFFER;
+        fs::write(self.path("containerd.toml"), self.configuration()).unwrap();
+        self.start_containerd();
+    }
+
     /// The same as `setup` says.
     pub(super) fn build(version: Version, setup: &Setup<'_>) -> Self {
         let Setup { settings, differ, maps_ids, password } = *setup;

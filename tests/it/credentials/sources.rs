@@ -1,10 +1,12 @@
 //! Which source is used first, and what happens when a registry does not like what it gave.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use axum::http::Method;
-use headstart::registry::{CredentialConfig, PullLogin, PulledLogins, Secret};
+use headstart::registry::{Client, CredentialConfig, PullLogin, PulledLogins, Secret};
 use headstart::testkit::registry::{Door, FaultyRegistry};
+use tempfile::TempDir;
 
 use super::{assert_discreet, client, docker_config, name};
 
@@ -23,23 +25,43 @@ fn bearer_door() -> Door {
     Door::Bearer { login, identity: Some("identity-secret".to_owned()), expires_in: Some(300), realm: None }
 }
 
-#[tokio::test]
-async fn a_stale_login_does_not_hide_a_good_one() {
-    for door in [basic_door(), bearer_door()] {
+/// A registry with an image behind a door, and a `config.json` that has a login for it.
+struct Behind {
+    registry: FaultyRegistry,
+    host: String,
+    docker: PathBuf,
+    _directory: TempDir,
+}
+
+impl Behind {
+    async fn door(door: Door, password: &str) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let registry = FaultyRegistry::start().await;
         registry.put_manifest("app", "v1", MANIFEST, "{}");
         registry.set_door(door);
-        let host = registry.host();
-        let docker = directory.path().join("config.json");
-        docker_config(&docker, &host, "me", "stale-password");
-        let pulled = Arc::new(PulledLogins::default());
-        let client = client(CredentialConfig {
-            docker_config: Some(docker),
-            pulled: Some(Arc::clone(&pulled)),
+        let (host, docker) = (registry.host(), directory.path().join("config.json"));
+        docker_config(&docker, &host, "me", password);
+        Self { registry, host, docker, _directory: directory }
+    }
+
+    /// Who asks `config.json` first, and then those who were seen to pull.
+    fn client(&self, pulled: Option<&Arc<PulledLogins>>) -> Client {
+        client(CredentialConfig {
+            docker_config: Some(self.docker.clone()),
+            pulled: pulled.map(Arc::clone),
             ..CredentialConfig::default()
-        });
-        let image = name(&host, "app:v1");
+        })
+    }
+}
+
+#[tokio::test]
+async fn a_stale_login_does_not_hide_a_good_one() {
+    for door in [basic_door(), bearer_door()] {
+        let behind = Behind::door(door, "stale-password").await;
+        let pulled = Arc::new(PulledLogins::default());
+        let client = behind.client(Some(&pulled));
+        let Behind { registry, host, .. } = &behind;
+        let image = name(host, "app:v1");
         let error = client.manifest(&image).await.unwrap_err().to_string();
         assert!(error.contains("does not accept"), "{error}");
         assert_discreet(&error);
@@ -59,25 +81,16 @@ async fn a_stale_login_does_not_hide_a_good_one() {
 
 #[tokio::test]
 async fn docker_is_asked_before_the_others() {
-    let directory = tempfile::tempdir().unwrap();
-    let registry = FaultyRegistry::start().await;
-    registry.put_manifest("app", "v1", MANIFEST, "{}");
-    registry.set_door(basic_door());
-    let host = registry.host();
-    let docker = directory.path().join("config.json");
-    docker_config(&docker, &host, "me", "hunter2");
+    let behind = Behind::door(basic_door(), "hunter2").await;
+    let Behind { registry, host, docker, .. } = &behind;
     let pulled = Arc::new(PulledLogins::default());
     let _pull = pulled.pulling(&format!("{host}/app:v1"), &login("you", "stale-password")).unwrap();
-    let client = client(CredentialConfig {
-        docker_config: Some(docker.clone()),
-        pulled: Some(pulled),
-        ..CredentialConfig::default()
-    });
-    client.manifest(&name(&host, "app:v1")).await.unwrap();
+    let client = behind.client(Some(&pulled));
+    client.manifest(&name(host, "app:v1")).await.unwrap();
     assert_eq!(registry.seen_at(&Method::GET, "/manifests/").len(), 2, "once without, once with the first source");
     // A source that fails does not hide the others, and is told only if they know nothing.
-    std::fs::write(&docker, "{ hunter2").unwrap();
-    let error = client.manifest(&name(&host, "other:v1")).await.unwrap_err().to_string();
+    std::fs::write(docker, "{ hunter2").unwrap();
+    let error = client.manifest(&name(host, "other:v1")).await.unwrap_err().to_string();
     assert!(error.contains("cannot understand the credentials file"), "{error}");
     assert_discreet(&error);
 }
@@ -96,19 +109,14 @@ async fn a_renewed_login_counts_without_anybody_being_told() {
             },
         ),
     ] {
-        let directory = tempfile::tempdir().unwrap();
-        let registry = FaultyRegistry::start().await;
-        registry.put_manifest("app", "v1", MANIFEST, "{}");
-        registry.set_door(door);
-        let host = registry.host();
-        let docker = directory.path().join("config.json");
-        docker_config(&docker, &host, "me", "hunter2");
-        let client = client(CredentialConfig { docker_config: Some(docker.clone()), ..CredentialConfig::default() });
-        let image = name(&host, "app:v1");
+        let behind = Behind::door(door, "hunter2").await;
+        let Behind { registry, host, docker, .. } = &behind;
+        let client = behind.client(None);
+        let image = name(host, "app:v1");
         client.manifest(&image).await.unwrap();
         registry.set_door(next);
         registry.expire_tokens();
-        docker_config(&docker, &host, "me", "renewed");
+        docker_config(docker, host, "me", "renewed");
         client.manifest(&image).await.unwrap();
     }
 }

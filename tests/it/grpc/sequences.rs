@@ -213,6 +213,32 @@ fn served_layers_are_staged_where_their_parents_are_not_known() {
     assert_eq!(option(&mounts, "lowerdir"), Path::new(&format!("{0}/2:{0}/1", stage.path("l").display())));
 }
 
+/// containerd passes on the labels that it knows, and replaces all with them if it is not told which.
+#[test]
+fn what_this_program_notes_is_nobody_elses_to_change() {
+    const NOTED: &str = "headstart.test";
+    let stage = Stage::new();
+    stage.offer("sha256:c0", 0);
+    let label = [(SNAPSHOT_REF, "sha256:c0"), (NOTED, "forged"), ("headstart.other", "forged")];
+    assert_code(stage.prepare_with("default/1/x", "", &label), Code::AlreadyExists);
+    let container = stage.prepare_with("default/2/container", "sha256:c0", &[(NOTED, "forged")]).unwrap();
+    assert_eq!(stage.stat("default/2/container").unwrap().labels, super::owned(&[]));
+    for fields in [&[][..], &["labels"], &["labels.x", "labels.headstart.test", "labels.headstart.other"]] {
+        let known =
+            super::owned(&[(SNAPSHOT_REF, "sha256:c0"), ("x", "y"), (NOTED, "forged"), ("headstart.other", "z")]);
+        let info = Info { name: "sha256:c0".to_owned(), labels: known, ..Info::default() };
+        let updated = stage.update(info, fields).unwrap();
+        let expected = super::owned(&[(SNAPSHOT_REF, "sha256:c0"), ("x", "y"), (NOTED, "sha256:c0")]);
+        assert_eq!(updated.labels, expected, "{fields:?}");
+    }
+    // So the layer is there again after a restart.
+    stage.stop();
+    wait_until("the dead one's layers are gone", || stage.held().is_empty());
+    stage.start();
+    assert_eq!(stage.held(), [LayerSlot(1)]);
+    assert_eq!(stage.mounts("default/2/container").unwrap(), container);
+}
+
 #[test]
 fn what_cannot_be_served_is_brought_by_containerd() {
     let stage = Stage::new();
@@ -432,6 +458,15 @@ fn mappings_that_make_no_sense_are_refused() {
         let refused = stage.prepare_with("default/8/x", "default/2/image", &[(UID, wrong), (GID, "0:1:1")]);
         assert_code(refused, Code::InvalidArgument);
         assert_code(stage.stat("default/8/x"), Code::NotFound);
+        // A view is mounted, too.
+        let refused = stage.view_with("default/8/x", "default/2/image", &[(UID, wrong)]);
+        assert_code(refused, Code::InvalidArgument);
+        assert_code(stage.stat("default/8/x"), Code::NotFound);
+        // The author of an image is nobody to say who owns what.
+        let key = format!("default/9/extract {wrong}");
+        let mounts = stage.prepare_with(&key, "default/2/image", &[(SNAPSHOT_REF, "sha256:c9"), (UID, wrong)]).unwrap();
+        assert!(!mounts[0].options.iter().any(|option| option.starts_with("uidmap")), "{mounts:?}");
+        assert_eq!(owner(option(&mounts, "upperdir")), (0, 0));
     }
     assert_code(stage.prepare_with("default/8/x", "default/2/image", &[(UID, "0:1:1")]), Code::InvalidArgument);
     // It is well said, and the kernel does not do it: an id cannot become two.

@@ -3,12 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::grpc::{ContainerdError, Version};
+use crate::grpc::{ContainerdError, ContainerdVersion};
 use crate::model::{BlobDigest, ChainId};
 use crate::oci::{LabelError, PlanError};
-
-/// The first containerd that takes a read-only mount for a layer that needs no bytes (its commit 257a5900b).
-pub(crate) const STAGING: Version = Version::new(2, 4);
 
 /// How a layer is handed over.
 #[derive(Debug, Clone)]
@@ -113,7 +110,7 @@ pub(crate) enum Why {
         /// Which one.
         layer: usize,
         /// Which containerd.
-        version: Version,
+        version: ContainerdVersion,
     },
     /// The same, and which containerd it is is not known.
     #[error("layer {layer} is prepared without its parent, and which containerd does that is not known")]
@@ -165,14 +162,18 @@ impl Place {
 
 /// The rule. `parent` is what the snapshot is to stand on, empty for nothing; `version` is asked for only where
 /// [`Place::needs_version`] says so.
-pub(crate) fn decide(place: Place, parent: &str, version: Option<Result<Version, Arc<ContainerdError>>>) -> Decision {
+pub(crate) fn decide(
+    place: Place,
+    parent: &str,
+    version: Option<Result<ContainerdVersion, Arc<ContainerdError>>>,
+) -> Decision {
     let Place { layer, below } = place;
     let ordinary = |why| Decision::Ordinary(Arc::new(why));
     match (below, parent) {
         (None, "") => Decision::Commit,
         (None, parent) => ordinary(Why::OtherParent { layer, parent: parent.to_owned() }),
         (Some(_), "") => match version {
-            Some(Ok(version)) if version >= STAGING => Decision::Staged,
+            Some(Ok(version)) if version.stages() => Decision::Staged,
             Some(Ok(version)) => ordinary(Why::Parallel { layer, version }),
             Some(Err(source)) => ordinary(Why::ParallelUnknown { layer, source }),
             None => ordinary(Why::Broken),
@@ -203,22 +204,22 @@ mod tests {
         let chain = chain();
         let (first, second) = (chain[0].to_string(), chain[1].to_string());
         let key = |name: &str| format!("k8s.io/7/{name}");
-        let old = || Some(Ok(Version::new(2, 3)));
+        let old = || Some(Ok(ContainerdVersion::new(2, 3)));
         let silent = || {
             let source = ContainerdError::Silent { socket: "/s".into(), what: "its version" };
             Some(Err(Arc::new(source)))
         };
         for (what, layer, parent, version, expected) in [
             ("the lowest", 0, String::new(), None, "Commit"),
-            ("the lowest, in parallel", 0, String::new(), Some(Ok(STAGING)), "Commit"),
+            ("the lowest, in parallel", 0, String::new(), Some(Ok(ContainerdVersion::new(2, 4))), "Commit"),
             ("the lowest on something", 0, key(&first), None, "is to stand on"),
             ("on ours", 1, first.clone(), None, "Commit"),
             ("on one of containerd's", 1, key(&first), None, "Commit"),
             ("on another", 1, key(&second), None, "is to stand on"),
             ("on one that only ends alike", 1, format!("x{first}"), None, "is to stand on"),
             ("on a container's", 2, key("extract-1 sha256:abc"), None, "is to stand on"),
-            ("in parallel, 2.4", 2, String::new(), Some(Ok(STAGING)), "Staged"),
-            ("in parallel, newer", 1, String::new(), Some(Ok(Version::new(3, 0))), "Staged"),
+            ("in parallel, 2.4", 2, String::new(), Some(Ok(ContainerdVersion::new(2, 4))), "Staged"),
+            ("in parallel, newer", 1, String::new(), Some(Ok(ContainerdVersion::new(3, 0))), "Staged"),
             ("in parallel, 2.3", 1, String::new(), old(), "rebase"),
             ("in parallel, silent", 2, String::new(), silent(), "not known"),
             ("in parallel, not asked", 2, String::new(), None, "broke down"),

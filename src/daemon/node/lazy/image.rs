@@ -7,14 +7,16 @@
 use std::sync::Arc;
 
 use anyhow::Context as _;
+use futures::future::join_all;
 
 use super::decide::Why;
 use super::witness::Witness;
-use crate::daemon::image::{Documents, House};
-use crate::fetch::LayerImage;
+use crate::daemon::image::{self, Documents, House};
+use crate::fetch::{FetchError, LayerImage};
 use crate::model::{BlobDigest, ChainId};
 use crate::oci::{Document, ImageName, ImagePlan, LayerPlan, PlanError, Reference, Selector, find_twin};
 use crate::store::Anchor;
+use crate::vfs;
 
 /// Which image, and whose pull of it.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -38,6 +40,18 @@ pub(crate) struct LazyImage {
     pub(super) of: ImageName,
     /// What is served in the place of each, or why nothing is.
     pub(super) layers: Vec<Result<Arc<LayerImage>, Arc<Why>>>,
+}
+
+impl LazyImage {
+    /// The layers that can be served, lowest first.
+    pub(crate) fn layers(&self) -> impl Iterator<Item = &Arc<LayerImage>> {
+        self.layers.iter().filter_map(|layer| layer.as_ref().ok())
+    }
+
+    /// True if a layer that cannot be served now may be soon.
+    pub(super) fn may_change(&self) -> bool {
+        self.layers.iter().any(|layer| layer.as_ref().is_err_and(|why| why.may_change()))
+    }
 }
 
 impl Pulled {
@@ -151,6 +165,15 @@ pub(super) async fn reopen(house: &House, image: &ImageName, blob: BlobDigest) -
     Ok(opened.pop().context("nothing was opened")??)
 }
 
+/// A layer with what is read of it when it is mounted: whoever mounts it, while containerd waits, waits for no registry.
+async fn mountable(opened: Result<Arc<LayerImage>, Arc<FetchError>>) -> anyhow::Result<Arc<LayerImage>> {
+    let layer = opened?;
+    if layer.anchor() != Anchor::Whole {
+        vfs::open_layer(0, image::Lazy::new(&layer), Vec::new()).await?;
+    }
+    Ok(layer)
+}
+
 /// Opens the layers, each for itself: one that cannot be served keeps no other from it.
 async fn open_layers(
     house: &House,
@@ -168,13 +191,14 @@ async fn open_layers(
         .filter(|layer| layer.index.is_some() && named(layer))
         .collect();
     let opened = house.open_each(documents, &alone).await.map_err(Why::Image)?;
+    let opened = join_all(opened.into_iter().map(mountable)).await;
     let mut layers: Vec<_> = (0..count).map(|layer| Err(Arc::new(Why::NotSeekable(layer)))).collect();
     for (layer, opened) in alone.iter().zip(opened) {
         let Some(place) = layers.get_mut(layer.position) else { continue };
         match opened {
             Ok(opened) if opened.anchor() != Anchor::Whole => *place = Ok(opened),
             Ok(_) => {}
-            Err(error) => *place = Err(Arc::new(Why::Layer { layer: layer.position, error: error.into() })),
+            Err(error) => *place = Err(Arc::new(Why::Layer { layer: layer.position, error })),
         }
     }
     Ok(layers)

@@ -3,7 +3,7 @@
 //!
 //! containerd prepares the layers of an image one after another and waits for each; so all of an image is opened when its
 //! first layer is asked for, once, for at most a bounded time, and what came of it holds for the layers that follow: also
-//! that nothing came of it. A layer that is not served lazily is no error: containerd fetches and unpacks it, as it would
+//! that nothing came of it, for a while. A layer that is not served lazily is no error: containerd fetches and unpacks it, as it would
 //! without this program. The reason is logged once an image.
 //!
 //! Guarantees: no label makes this contact a registry that containerd itself has not got the image from (`witness`); no
@@ -16,7 +16,7 @@ mod witness;
 
 use std::num::NonZeroUsize;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use futures::FutureExt as _;
@@ -33,7 +33,7 @@ use crate::daemon::config::ContainerdSettings;
 use crate::daemon::image::House;
 use crate::daemon::recorder::spec;
 use crate::fetch::LayerImage;
-use crate::grpc::{Containerd, ContainerdError, Version};
+use crate::grpc::{Containerd, ContainerdError, ContainerdVersion};
 use crate::model::ChainId;
 use crate::oci::{ImageName, Reference, SnapshotLabels};
 use decide::{Place, decide};
@@ -46,9 +46,13 @@ const IMAGES: NonZeroUsize = NonZeroUsize::new(64).expect("64 is not zero");
 /// from disk.
 const HELD: Duration = Duration::from_secs(120);
 
-/// How long it is remembered that an image cannot be served now. While containerd unpacks such an image its other layers
-/// shall not wait again.
-const HOLDS: Duration = Duration::from_secs(60);
+/// How long it is remembered that an image, or a layer of it, cannot be served now: so many times as long as it took to find
+/// that out. So asking again costs at most a seventh of the time of a pull whose other layers follow, and what only needs a
+/// question on this machine, such as a containerd that did not answer for once, is asked again with one of the next layers.
+const HOLDS: u32 = 6;
+
+/// It is no shorter than containerd needs to prepare one layer after another, and no longer than a minute.
+const HOLDS_WITHIN: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
 
 /// The same for what will not change by itself.
 const HOLDS_LONG: Duration = Duration::from_secs(600);
@@ -64,7 +68,7 @@ pub(crate) struct LazySettings {
     /// The longest that the first layer of an image may take.
     pub(crate) timeout: Duration,
     /// Which containerd it is; none asks.
-    pub(crate) version: Option<Version>,
+    pub(crate) version: Option<ContainerdVersion>,
     /// Labels are believed although containerd does not vouch for them.
     pub(crate) believe: bool,
 }
@@ -74,7 +78,7 @@ impl From<&ContainerdSettings> for LazySettings {
         Self {
             enabled: settings.lazy,
             timeout: settings.prepare_timeout,
-            version: settings.version.map(|(major, minor)| Version::new(major, minor)),
+            version: settings.version,
             believe: settings.trust_labels,
         }
     }
@@ -85,18 +89,22 @@ type Outcome = Result<Arc<LazyImage>, Arc<Why>>;
 /// What is known of an image, or will be.
 struct Known {
     outcome: Shared<BoxFuture<'static, Outcome>>,
+    /// The same, and when it was known and how long it took.
+    told: Arc<OnceLock<(Outcome, Instant, Duration)>>,
     used: Instant,
 }
 
 impl Known {
     fn is_over(&self) -> bool {
-        let holds = match self.outcome.peek() {
-            None => return false,
-            Some(Ok(_)) => HELD,
-            Some(Err(why)) if why.may_change() => HOLDS,
-            Some(Err(_)) => HOLDS_LONG,
-        };
-        self.used.elapsed() >= holds
+        let Some((outcome, since, took)) = self.told.get() else { return false };
+        let (shortest, longest) = HOLDS_WITHIN;
+        let for_now = took.saturating_mul(HOLDS).clamp(shortest, longest);
+        match outcome {
+            Ok(image) if image.may_change() => since.elapsed() >= for_now,
+            Ok(_) => self.used.elapsed() >= HELD,
+            Err(why) if why.may_change() => since.elapsed() >= for_now,
+            Err(_) => since.elapsed() >= HOLDS_LONG,
+        }
     }
 }
 
@@ -145,13 +153,6 @@ impl LazyLayer {
         let Ok(name) = Key::new(&self.chain.to_string()) else { return Offer::Ordinary(Why::Broken.to_string()) };
         let labels = Labels::from([(OWN_IMAGE.to_owned(), self.image.of.to_string())]);
         Offer::Layer(Offered { image: self.layer, name, how, labels })
-    }
-}
-
-impl LazyImage {
-    /// The layers that can be served, lowest first.
-    pub(crate) fn layers(&self) -> impl Iterator<Item = &Arc<LayerImage>> {
-        self.layers.iter().filter_map(|layer| layer.as_ref().ok())
     }
 }
 
@@ -242,7 +243,7 @@ impl Lazy {
         Err(last)
     }
 
-    async fn version(&self) -> Result<Version, Arc<ContainerdError>> {
+    async fn version(&self) -> Result<ContainerdVersion, Arc<ContainerdError>> {
         match self.settings.version {
             Some(version) => Ok(version),
             None => self.containerd.version().await.map_err(Arc::new),
@@ -255,14 +256,13 @@ impl Lazy {
             let mut images = self.images();
             match images.get_mut(&pulled) {
                 Some(known) if !known.is_over() => {
-                    if known.outcome.peek().is_none_or(Result::is_ok) {
-                        known.used = Instant::now();
-                    }
+                    known.used = Instant::now();
                     known.outcome.clone()
                 }
                 _ => {
-                    let outcome = self.begin(pulled.clone());
-                    images.put(pulled, Known { outcome: outcome.clone(), used: Instant::now() });
+                    let known = self.begin(pulled.clone());
+                    let outcome = known.outcome.clone();
+                    images.put(pulled, known);
                     outcome
                 }
             }
@@ -271,7 +271,7 @@ impl Lazy {
     }
 
     /// Begins to open an image. It goes on if nobody waits for it any more.
-    fn begin(&self, pulled: Pulled) -> Shared<BoxFuture<'static, Outcome>> {
+    fn begin(&self, pulled: Pulled) -> Known {
         let (house, witness, timeout) = (self.house.clone(), self.witness.clone(), self.settings.timeout);
         let opening = {
             let pulled = pulled.clone();
@@ -282,14 +282,20 @@ impl Lazy {
                 }
             }
         };
-        let (me, begun) = (Weak::clone(&self.me), Instant::now());
+        let (me, begun, told) = (Weak::clone(&self.me), Instant::now(), Arc::<OnceLock<_>>::default());
+        let tells = Arc::clone(&told);
         let task = self.house.runtime().spawn(async move {
-            let outcome = opening.await;
-            tell(&pulled, &outcome, begun.elapsed());
+            // One that breaks down is caught here, so that it is remembered and then forgotten as any other.
+            let outcome = tokio::spawn(opening).await.unwrap_or_else(|_| Err(Arc::new(Why::Broken)));
+            let took = begun.elapsed();
+            tell(&pulled, &outcome, took);
+            // Nobody else tells.
+            tells.set((outcome.clone(), Instant::now(), took)).ok();
             forget_later(me, pulled);
             outcome
         });
-        async { task.await.unwrap_or_else(|_| Err(Arc::new(Why::Broken))) }.boxed().shared()
+        let outcome = async { task.await.unwrap_or_else(|_| Err(Arc::new(Why::Broken))) }.boxed().shared();
+        Known { outcome, told, used: begun }
     }
 
     fn images(&self) -> MutexGuard<'_, LruCache<Pulled, Known>> {

@@ -365,7 +365,7 @@ async fn the_version_decides_where_parents_are_missing() {
     // It is asked once a connection.
     ordinary(orphan(Arc::clone(&lazy), 2).await);
     assert_eq!(stage.containerd.asked().iter().filter(|asked| *asked == "version").count(), 1);
-    let configured = stage.lazy_with(|settings| settings.version = Some(Version::new(2, 4)));
+    let configured = stage.lazy_with(|settings| settings.version = Some(ContainerdVersion::new(2, 4)));
     assert!(matches!(orphan(Arc::clone(&configured), 1).await, Choice::Staged(_)));
     committed(image.prepare(&configured, 1).await);
     // Another one answers on a new connection.
@@ -422,4 +422,44 @@ async fn who_does_not_answer_is_waited_for_once() {
     let gone = stage.lazy_with(|settings| settings.timeout = Duration::from_secs(2));
     let why = ordinary(image.prepare(&gone, 0).await);
     assert!(why.contains("within 2s") || why.contains("cannot be opened"), "{why}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_failed_for_once_is_asked_again_soon() {
+    let stage = Stage::new().await;
+    stage.publish("app", &three_layers(), false).await;
+    let image = stage.image("app", 0);
+    // A containerd that is being started again.
+    let path = stage.containerd.socket().to_owned();
+    let Stage { containerd, house, dir, registry } = stage;
+    drop(containerd);
+    std::fs::remove_file(&path).unwrap();
+    let lazy =
+        Lazy::new(&house, LazySettings { enabled: true, timeout: SOME_TIME, version: None, believe: false }, &path);
+    let why = ordinary(image.prepare(&lazy, 0).await);
+    assert!(why.contains("is not known"), "{why}");
+    let stage = Stage { containerd: FakeContainerd::start(&path, "2.1.9"), house, dir, registry };
+    stage.pull("k8s.io", "app", &image);
+    let deadline = Instant::now() + SOME_TIME / 2;
+    while !matches!(image.prepare(&lazy, 1).await, Choice::Commit(_)) {
+        assert!(Instant::now() < deadline, "it is remembered longer than a minute of containerd's");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    // A layer that could not be opened for once keeps no other one from being served, and is tried again.
+    let other = Stage::new().await;
+    other.publish("app", &three_layers(), false).await;
+    let image = other.image("app", 0);
+    other.pull("k8s.io", "app", &image);
+    let blob = image.parsed.layers[1].digest.to_string();
+    other.registry.script(Method::GET, &blob, Fault::Status(404, Vec::new()), usize::MAX);
+    let lazy = other.lazy();
+    committed(image.prepare(&lazy, 0).await);
+    assert!(ordinary(image.prepare(&lazy, 1).await).contains("cannot be opened"));
+    other.registry.clear_script();
+    let deadline = Instant::now() + SOME_TIME / 2;
+    while !matches!(image.prepare(&lazy, 1).await, Choice::Commit(_)) {
+        assert!(Instant::now() < deadline, "a layer stays what it was for as long as somebody asks");
+        committed(image.prepare(&lazy, 2).await);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }

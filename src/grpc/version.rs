@@ -84,6 +84,8 @@ impl FromStr for ContainerdVersion {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let wrong = || VersionError(text.to_owned());
         let numbers = text.strip_prefix('v').unwrap_or(text);
+        // What is built from a tree with changes that nobody has committed says so.
+        let numbers = numbers.strip_suffix(".m").unwrap_or(numbers);
         let end = numbers.find(|c: char| c != '.' && !c.is_ascii_digit()).unwrap_or(numbers.len());
         let (numbers, rest) = numbers.split_at(end);
         if !rest.is_empty() && !rest.starts_with(['-', '+', '~']) {
@@ -118,10 +120,16 @@ mod tests {
             ("2.4.0-beta.0", Some((2, 4, 0))),
             ("1.6.20~ds1-1+deb12u3", Some((1, 6, 20))),
             ("2.1.9+unknown", Some((2, 1, 9))),
+            ("v2.1.9.m", Some((2, 1, 9))),
+            ("v2.4.0-beta.0-12-g301026e58.m", Some((2, 4, 0))),
+            ("v2.10.0", Some((2, 10, 0))),
             ("", None),
             ("2", None),
             ("2.", None),
             ("two.one", None),
+            (".1", None),
+            ("-1.2", None),
+            ("+1.7", None),
             ("1.2.3.4", None),
             ("1.7x", None),
             ("99999999999.1", None),

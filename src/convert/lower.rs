@@ -207,7 +207,7 @@ impl Lower {
             };
             let image = Image::open(bytes).map_err(ViewError::Image);
             let image = image.map_err(|source| BelowError::View { layer, source })?;
-            views.push(View::Image(Layer::new(image)));
+            views.push(View::Image(Box::new(Layer::new(image))));
         }
         Ok(if views.is_empty() { None } else { Some(Overlay::new(views)?) })
     }

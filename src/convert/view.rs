@@ -72,7 +72,7 @@ pub(crate) enum ViewError {
 
 /// One lower layer, in either form.
 pub(super) enum View {
-    Image(Layer<Bytes>),
+    Image(Box<Layer<Bytes>>),
     Files(Unpacked),
 }
 

@@ -189,7 +189,7 @@ impl Api<'_> {
             ("timeoutSeconds", seconds.as_str()),
         ];
         let response = self.get(&query).await?;
-        Ok(Watch { response, buffer: Vec::new(), ends: Instant::now() + WATCH + GRACE })
+        Ok(Watch { response, buffer: Vec::new(), searched: 0, ends: Instant::now() + WATCH + GRACE })
     }
 }
 
@@ -197,6 +197,8 @@ impl Api<'_> {
 pub(super) struct Watch {
     response: Response,
     buffer: Vec<u8>,
+    /// So much of it has no end of a line.
+    searched: usize,
     ends: Instant,
 }
 
@@ -204,13 +206,16 @@ impl Watch {
     /// The next change, none at the end; `version` moves on with it.
     pub(super) async fn next(&mut self, version: &mut Version) -> Result<Option<Event>, ClusterError> {
         loop {
-            if let Some(end) = self.buffer.iter().position(|byte| *byte == b'\n') {
-                let line: Vec<u8> = self.buffer.drain(..=end).collect();
+            let new = self.buffer.get(self.searched..).unwrap_or_default();
+            if let Some(end) = new.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.buffer.drain(..=self.searched + end).collect();
+                self.searched = 0;
                 if line.trim_ascii().is_empty() {
                     continue;
                 }
                 return event(&line, version).map(Some);
             }
+            self.searched = self.buffer.len();
             if self.buffer.len() > EVENT_LIMIT {
                 return Err(ClusterError::Large);
             }

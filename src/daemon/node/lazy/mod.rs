@@ -14,6 +14,7 @@ mod decide;
 mod image;
 mod witness;
 
+use std::collections::BTreeSet;
 use std::num::NonZeroUsize;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
@@ -57,7 +58,8 @@ const HOLDS_WITHIN: (Duration, Duration) = (Duration::from_secs(2), Duration::fr
 /// The same for what will not change by itself.
 const HOLDS_LONG: Duration = Duration::from_secs(600);
 
-/// Our own label of a snapshot that is a layer: the image that the layer comes from, by digest. It was vouched for.
+/// Our own label of a snapshot that is a layer: the image that the layer comes from, by digest. It was vouched for. Further ones
+/// have a number behind a dot.
 const OWN_IMAGE: &str = "headstart.image";
 
 /// How lazy layers are wanted.
@@ -214,15 +216,22 @@ impl Lazy {
     /// Opens a layer again that was served before, from what is kept alone. `labels` are those of its snapshots.
     async fn reopen(&self, layer: &Layer, labels: &[Labels]) -> anyhow::Result<Arc<LayerImage>> {
         let mut last = anyhow::anyhow!("nothing says which image it is a layer of");
-        for image in labels.iter().filter_map(|labels| labels.get(OWN_IMAGE)) {
+        let named = labels.iter().flatten().filter(|(label, _)| names_image(label));
+        let named: BTreeSet<&str> = named.map(|(_, image)| image.as_str()).collect();
+        // All of them: each is one more place to get it from.
+        let mut opened = None;
+        for image in named {
             let opening = async {
                 let image: ImageName = image.parse()?;
                 image::reopen(&self.house, &image, layer.id.blob).await
             };
             match opening.await {
-                Ok(opened) => return Ok(opened),
+                Ok(layer) => opened = opened.or(Some(layer)),
                 Err(error) => last = error.context(format!("cannot open {image} again")),
             }
+        }
+        if let Some(opened) = opened {
+            return Ok(opened);
         }
         // A pull of this program has brought it.
         let images = self.house.snapshots().map(|snapshots| snapshots.images()).unwrap_or_default();
@@ -320,6 +329,11 @@ impl Layers for Lazy {
     fn again<'a>(&'a self, layer: &'a Layer, labels: &'a [Labels]) -> BoxFuture<'a, anyhow::Result<Arc<LayerImage>>> {
         self.reopen(layer, labels).boxed()
     }
+}
+
+/// True for our label of an image, and those of further images that have the same layer.
+fn names_image(label: &str) -> bool {
+    label.strip_prefix(OWN_IMAGE).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
 }
 
 /// An error and its causes in one line.

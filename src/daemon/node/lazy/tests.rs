@@ -11,7 +11,8 @@ use super::*;
 use crate::chain::LayerSlot;
 use crate::convert::{ImageOptions, Platforms, convert_image};
 use crate::daemon::config::{Config, Surroundings};
-use crate::model::{BlobDigest, ChainId};
+use crate::fetch::Cause;
+use crate::model::{BlobDigest, ByteRange, ChainId, ReadAt as _};
 use crate::oci::labels::{IMAGE_REF, LAYER_DIGEST, MANIFEST_DIGEST, SNAPSHOT_REF};
 use crate::oci::{Config as ImageConfig, Descriptor, Document, Form, Index, Manifest, Platform, Reference, TWIN_OF};
 use crate::tar::decompress::Compression;
@@ -462,4 +463,32 @@ async fn what_failed_for_once_is_asked_again_soon() {
         committed(image.prepare(&lazy, 2).await);
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_layer_is_found_again_by_any_of_its_images() {
+    let stage = Stage::new().await;
+    let lazy = stage.lazy();
+    let mut all = Labels::new();
+    let mut found = None;
+    for (number, repository) in ["gone", "app"].into_iter().enumerate() {
+        stage.publish(repository, &three_layers(), false).await;
+        let image = stage.image(repository, 0);
+        stage.pull("k8s.io", repository, &image);
+        let (layer, labels) = recorded(&lazy, &image, 2).await;
+        all.extend(labels.into_values().map(|image| (format!("{OWN_IMAGE}.{number}"), image)));
+        found = Some(layer);
+    }
+    let layer = found.unwrap();
+    drop(lazy);
+    let again = stage.lazy();
+    let opened = again.again(&layer, &[all]).await.unwrap();
+    // The first repository is no more, and what is not here comes from the other one.
+    stage.registry.script(Method::GET, "/v2/gone/", Fault::Status(404, Vec::new()), usize::MAX);
+    stage.registry.forget_seen();
+    let (tell, told) = tokio::sync::oneshot::channel();
+    let all = ByteRange::to(opened.size());
+    opened.request(all, Cause::Read, move |result| drop(tell.send(result.map_err(|error| error.to_string()))));
+    told.await.unwrap().unwrap();
+    assert!(stage.asked().1.iter().any(|asked| asked.starts_with("GET /v2/app/blobs")), "{:?}", stage.asked().1);
 }

@@ -273,7 +273,11 @@ impl Store {
         {
             return Ok(());
         }
-        let grave = files::temp_dir(&self.tmp())?;
+        let grave = match files::temp_dir(&self.tmp()) {
+            // Who makes room on a full disk has none to begin with.
+            Err(error) if error.is_full() => return remove_in_place(place),
+            grave => grave?,
+        };
         match std::fs::rename(place, grave.path().join("discarded")) {
             Ok(()) => Ok(()),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -302,6 +306,26 @@ impl Store {
             }
         }
     }
+}
+
+/// Removes an image where it is, which needs no room on the disk. Its lock is held, and goes last; a process that is killed
+/// meanwhile leaves what is no image, since what it is goes first.
+fn remove_in_place(place: &Path) -> Result<(), StoreError> {
+    let gone = |path: &Path, result: io::Result<()>| match result {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(StoreError::io("remove", path, error)),
+        _ => Ok(()),
+    };
+    let remove = |path: &Path| gone(path, std::fs::remove_file(path));
+    remove(&place.join(blob::META))?;
+    let entries = std::fs::read_dir(place).map_err(|error| StoreError::io("list", place, error))?;
+    for entry in entries {
+        let path = entry.map_err(|error| StoreError::io("list", place, error))?.path();
+        if path.file_name().is_some_and(|name| name != blob::LOCK) {
+            remove(&path)?;
+        }
+    }
+    remove(&place.join(blob::LOCK))?;
+    gone(place, std::fs::remove_dir(place))
 }
 
 impl Drop for Store {

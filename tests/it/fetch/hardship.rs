@@ -176,7 +176,11 @@ struct SmallDisk(TempDir);
 impl SmallDisk {
     fn new(bytes: usize) -> Self {
         let at = TempDir::new().unwrap();
-        let options = std::ffi::CString::new(format!("size={bytes},mode=700")).unwrap();
+        Self::with(&format!("size={bytes}"), at)
+    }
+
+    fn with(options: &str, at: TempDir) -> Self {
+        let options = std::ffi::CString::new(format!("{options},mode=700")).unwrap();
         let flags = rustix::mount::MountFlags::empty();
         rustix::mount::mount("tmpfs", at.path(), "tmpfs", flags, options.as_c_str()).unwrap();
         Self(at)
@@ -224,6 +228,34 @@ fn a_full_disk_is_named_when_nothing_can_be_done() {
     assert!(matches!(&*error, FetchError::Store { source: StoreError::Full { .. }, .. }), "{error:?}");
     let left: Vec<PathBuf> = walk(&disk.0.path().join("."));
     assert!(!left.iter().any(|path| path.ends_with("image")), "left behind: {left:?}");
+    drop(stage);
+}
+
+/// A cache that has filled its disk is what has to be made smaller.
+#[test]
+fn a_full_disk_is_no_reason_to_keep_what_fills_it() {
+    let disk = SmallDisk::with("size=8M,nr_inodes=200", TempDir::new().unwrap());
+    let root = disk.0.path().join("root");
+    let layer = TestLayer::new(&[1_500_000], Compression::Zstd);
+    let stage = Stage::below(&root, plain());
+    assert_eq!(read(&stage.open(&layer), 0, 10).unwrap(), layer.image[..10]);
+    drop(stage);
+    let mut ballast = 0;
+    while std::fs::write(disk.0.path().join(format!("ballast-{ballast}")), "").is_ok() {
+        ballast += 1;
+    }
+    std::fs::create_dir(root.join("tmp/x")).unwrap_err();
+    let store = headstart::store::Store::open(&root).unwrap();
+    let goal = headstart::store::CacheGoal { all: true, ..Default::default() };
+    let evicted = store.evict(&goal, &Default::default(), false).unwrap();
+    assert_eq!(evicted.images.len(), 1);
+    let mut left = walk(&root.join("blobs"));
+    left.retain(|path| path.is_file());
+    assert_eq!(left, Vec::<PathBuf>::new());
+    assert_eq!(store.cache().unwrap(), []);
+    // And the layer comes again.
+    let stage = Stage::below(&root, plain());
+    assert_eq!(read(&stage.open(&layer), 0, 10).unwrap(), layer.image[..10]);
     drop(stage);
 }
 

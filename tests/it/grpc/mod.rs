@@ -29,10 +29,11 @@ use headstart::model::DiffId;
 use headstart::oci::labels::SNAPSHOT_REF;
 use headstart::snapshots::{Snapshots, SnapshotsConfig};
 use headstart::store::Store;
-use headstart::sys::mount::{Unmount, unmount};
+use headstart::sys::mount::{MountError, Unmount, unmount};
 use headstart::sys::stack::{OverlayMount, mount_bind, mount_overlay};
 use headstart::testkit::source::{Scripted, ScriptedSource, TestLayer};
 use headstart::testkit::waiting::PATIENCE;
+use headstart::testkit::waiting::wait_until;
 use rustix::mount::MountFlags;
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
@@ -385,7 +386,11 @@ struct Mounted(PathBuf);
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        unmount(&self.0, Unmount::Strict).unwrap();
+        // Programs that other tests start have this one's files open for a moment.
+        wait_until("the end of a mount", || match unmount(&self.0, Unmount::Strict) {
+            Err(MountError::InUse(_)) => false,
+            unmounted => unmounted.map(|()| true).unwrap(),
+        });
         fs::remove_dir(&self.0).unwrap();
     }
 }

@@ -12,7 +12,7 @@
 //! id cannot deceive; what a dead process left is found and removed. Refuses to know what is mounted.
 
 use std::fs;
-use std::io;
+use std::io::{self, Write as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
@@ -327,7 +327,17 @@ impl Claim {
     pub fn publish(&self, record: &MountRecord) -> Result<(), MountsError> {
         let (path, fresh) = (self.place.record(), self.place.file(".new"));
         let bytes = serde_json::to_vec_pretty(record).expect("plain fields always have a JSON form");
-        fs::write(&fresh, bytes).and_then(|()| fs::rename(&fresh, &path)).map_err(io_error("write", &path))
+        let Err(error) = fs::write(&fresh, &bytes).and_then(|()| fs::rename(&fresh, &path)) else { return Ok(()) };
+        fs::remove_file(&fresh).ok();
+        // A disk that is full takes a new record in the place of the old one, and who is followed by the next daemon has one.
+        let is_full = matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded);
+        let in_place = || {
+            let mut file = fs::File::options().write(true).open(&path)?;
+            file.write_all(&bytes)?;
+            file.set_len(bytes.len().try_into().unwrap_or(u64::MAX))
+        };
+        let written = if is_full && path.exists() { in_place() } else { Err(error) };
+        written.map_err(io_error("write", &path))
     }
 
     /// Lets go of the mount point and leaves `record` there, as that of a mount that is dead.
@@ -447,6 +457,30 @@ mod tests {
         check(&other, Some(&root.join("elsewhere"))).unwrap();
         drop(claim);
         check(&other, Some(&upper)).unwrap();
+    }
+
+    #[test]
+    fn a_mount_is_taken_up_on_a_full_disk() {
+        let disk = tempfile::tempdir().unwrap();
+        let flags = rustix::mount::MountFlags::empty();
+        rustix::mount::mount("tmpfs", disk.path(), "tmpfs", flags, c"nr_inodes=20,mode=700").unwrap();
+        let root = disk.path().join("root");
+        let mounts = Mounts::open(&root).unwrap();
+        let (claim, other) = (mounts.claim(Path::new("/a")).unwrap(), mounts.claim(Path::new("/b")).unwrap());
+        claim.publish(&MountRecord { pid: 1_000_000, ..record("/a") }).unwrap();
+        let mut ballast = 0;
+        while fs::write(disk.path().join(format!("ballast-{ballast}")), "").is_ok() {
+            ballast += 1;
+        }
+        let before = files(&root);
+        let next = MountRecord { pid: 7, ..record("/a") };
+        claim.publish(&next).unwrap();
+        assert!(other.publish(&record("/b")).unwrap_err().to_string().starts_with("cannot write"));
+        assert_eq!(files(&root), before);
+        let found = Mounts::look(&root).unwrap();
+        assert_eq!(found.iter().map(|entry| &entry.record).collect::<Vec<_>>(), [&next]);
+        drop((claim, other));
+        rustix::mount::unmount(disk.path(), rustix::mount::UnmountFlags::DETACH).unwrap();
     }
 
     #[test]

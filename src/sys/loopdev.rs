@@ -289,7 +289,7 @@ impl LoopDevice {
     /// Exchanges the file behind the device, which may be mounted and in use: what is being read is read to its end from
     /// the old file, what is asked for later comes from the new one. Both must have the same bytes; the kernel checks
     /// that they have the same size, and that the device is read-only. Afterwards the device is looked at: it reads the
-    /// new file.
+    /// new file. If it did so before, it is left alone, and nobody waits.
     ///
     /// # Errors
     /// [`LoopError::Size`] and what the kernel says; the device then reads the old file. [`LoopError::Elsewhere`].
@@ -299,14 +299,18 @@ impl LoopDevice {
             path: path.to_owned(),
             source,
         })?;
+        let reads_it =
+            |status: &LoopStatus| (status.inode, rustix_device(status.device)) == (metadata.ino(), metadata.dev());
+        if self.status().is_ok_and(|status| reads_it(&status)) {
+            return Ok(());
+        }
         let wanted = self.size()?;
         if metadata.len() / 512 * 512 != wanted {
             return Err(LoopError::Size { number: self.number, path: path.to_owned(), found: metadata.len(), wanted });
         }
         ask_usize(&self.file, LOOP_CHANGE_FD, backing.as_raw_fd())
             .map_err(|errno| self.failed("exchange the file behind", path, errno))?;
-        let status = self.status()?;
-        if (status.inode, rustix_device(status.device)) != (metadata.ino(), metadata.dev()) {
+        if !reads_it(&self.status()?) {
             let found = backing_of(self.number).ok().flatten().unwrap_or_default();
             return Err(LoopError::Elsewhere { number: self.number, found, wanted: path.to_owned() });
         }
@@ -520,6 +524,10 @@ mod tests {
         device.change_backing(new.as_file(), new.path()).unwrap();
         assert_eq!(first_byte(&device), 2);
         assert_eq!(backing_of(device.number()).unwrap().as_deref(), Some(new.path()));
+        // By another name, and through another descriptor.
+        let again = File::open(new.path()).unwrap();
+        device.change_backing(&again, Path::new("another name")).unwrap();
+        assert_eq!(first_byte(&device), 2);
         for len in [4096, 8192 + 512, 0] {
             let other = file(3, len);
             let refused = device.change_backing(other.as_file(), other.path());

@@ -39,23 +39,23 @@ impl ReadAt for Bytes {
     }
 }
 
-/// Reads bytes that may have to come first.
+/// Reads bytes that may have to come first, and again if they went before they were read.
 fn read_lazily(layer: &Arc<LayerImage>, offset: u64, buf: &mut [u8]) -> Result<(), ReadAtError> {
-    match layer.read_exact_at(offset, buf) {
-        Err(ReadAtError::Absent(range)) => {
-            let (told, tell) = sync_channel(1);
-            layer.request(range, Cause::Metadata, move |result| {
-                // Whoever waits stays until it is told.
-                told.send(result).ok();
-            });
-            let failed = |error| ReadAtError::Io { range, source: io::Error::other(error) };
-            match tell.recv() {
-                Ok(Ok(())) => layer.read_exact_at(offset, buf),
-                Ok(Err(error)) => Err(failed(error)),
-                Err(gone) => Err(ReadAtError::Io { range, source: io::Error::other(gone) }),
-            }
+    loop {
+        let range = match layer.read_exact_at(offset, buf) {
+            Err(ReadAtError::Absent(range)) => range,
+            other => return other,
+        };
+        let (told, tell) = sync_channel(1);
+        layer.request(range, Cause::Metadata, move |result| {
+            // Whoever waits stays until it is told.
+            told.send(result).ok();
+        });
+        match tell.recv() {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => return Err(ReadAtError::Io { range, source: io::Error::other(error) }),
+            Err(gone) => return Err(ReadAtError::Io { range, source: io::Error::other(gone) }),
         }
-        other => other,
     }
 }
 

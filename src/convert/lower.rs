@@ -23,6 +23,7 @@ use crate::fetch::LayerImage;
 use crate::model::{Attributes, EntryKind, FileKind, LayerEntry, Metadata, Name, NameError, RelPath};
 use crate::oci::{Descriptor, LayerKind};
 use crate::overlay::{self, Found, LayerView as _, NodeId, Overlay};
+use crate::store::Pin;
 use crate::transport::{ImageSource, TransportError};
 use crate::vfs::Layer;
 
@@ -47,6 +48,9 @@ pub(crate) enum Below {
     Local {
         /// The image.
         image: Arc<File>,
+        /// Keeps all of it there, if some of it could be evicted.
+        #[expect(dead_code, reason = "it is held, not looked at")]
+        pin: Option<Arc<Pin>>,
     },
     /// It is an image whose bytes come when they are read.
     Lazy {
@@ -193,7 +197,8 @@ impl Lower {
             let below = wait(&self.runtime, receiver).ok_or(BelowError::Failed(layer))?;
             let bytes = match below {
                 Below::Converted { file, summary } => Bytes::Blob(BlobImage::open(file, &summary)?),
-                Below::Local { image } => {
+                // Its pin is where it came from, for as long as this is.
+                Below::Local { image, .. } => {
                     Bytes::File(image.try_clone().map_err(|source| BelowError::Spool { layer, source })?)
                 }
                 Below::Lazy { layer } => Bytes::Lazy(layer),

@@ -7,35 +7,31 @@
 //!
 //! Guarantees: as [`unpack_tars`](super::unpack_tars). Refuses to know who asks, and where bytes come from.
 
-use std::fs::File;
-use std::io::{self, Read};
+use std::io::Read;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use tokio::runtime::Handle;
-use tokio::sync::watch;
 
 use super::UnpackError;
-use super::ordinary::Out;
-use crate::convert::below::{Below, LayerBelow, Lower, ReadAhead, Root};
-use crate::convert::direct::unpack_layer;
-use crate::convert::layer::LayerError;
-use crate::erofs::writer::LayerRole;
+use super::tar::{TarImage, Told, made_before};
+use crate::convert::below::LayerBelow;
 use crate::fetch::{Fetcher, LayerImage, TarLayer};
-use crate::model::{Algorithm, BlobDigest, ChainId, DiffId};
-use crate::store::{Anchor, BlobFile, StoreError, Verdict};
-use crate::tar::decompress::{self, BlobCheck};
-use crate::tar::{Problem, TarError};
+use crate::model::{Algorithm, BlobDigest, ChainId, DiffId, Digest};
+use crate::store::StoreError;
 
 /// Where a layer belongs.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) enum Place {
-    /// It is the top of this stack, and this is the stack below it.
+    /// It is the top of this stack.
     Known {
         /// With the layer.
         chain: ChainId,
-        /// Without it; none for the lowest layer.
+        /// The stack below it; none for the lowest layer.
         below: Option<ChainId>,
+        /// The layers below that are images, see [`identity_of`](super::identity_of), the lowest first: the stack is called by
+        /// what they claim to be, and what is unpacked upon a claim is kept apart.
+        images: Vec<DiffId>,
     },
     /// Nobody says. The name is nobody else's.
     Private(ChainId),
@@ -43,9 +39,15 @@ pub(crate) enum Place {
 
 impl Place {
     /// What the image is kept under.
-    const fn name(self) -> ChainId {
+    fn name(&self) -> ChainId {
         match self {
-            Self::Known { chain, .. } | Self::Private(chain) => chain,
+            Self::Private(name) => *name,
+            Self::Known { chain, images, .. } if images.is_empty() => *chain,
+            Self::Known { chain, images, .. } => {
+                let images: Vec<String> = images.iter().map(DiffId::to_string).collect();
+                let said = format!("headstart stack\n{chain}\n{}\n", images.join("\n"));
+                ChainId(Digest::of(Algorithm::Sha256, said.as_bytes()))
+            }
         }
     }
 }
@@ -67,39 +69,6 @@ pub(crate) struct Apply {
     pub(crate) stop: Arc<AtomicBool>,
 }
 
-/// What those above want to know of a layer.
-#[derive(Debug, Clone)]
-pub(crate) struct Told {
-    pub(crate) image: watch::Sender<Option<Below>>,
-    pub(crate) root: watch::Sender<Option<Root>>,
-}
-
-impl Default for Told {
-    fn default() -> Self {
-        Self { image: watch::Sender::new(None), root: watch::Sender::new(None) }
-    }
-}
-
-impl Told {
-    /// Of a layer that is finished.
-    pub(crate) fn known(below: Below) -> Self {
-        let told = Self::default();
-        told.tell(below);
-        told
-    }
-
-    /// Tells those above that the layer is finished.
-    pub(crate) fn tell(&self, below: Below) {
-        self.image.send_replace(Some(below));
-        self.root.send_replace(Some(Root::InImage));
-    }
-
-    /// For those above.
-    pub(crate) fn below(&self) -> LayerBelow {
-        LayerBelow { image: self.image.subscribe(), root: self.root.subscribe() }
-    }
-}
-
 /// A layer that is applied.
 #[derive(Debug)]
 pub(crate) struct Applied {
@@ -110,126 +79,66 @@ pub(crate) struct Applied {
 }
 
 impl Apply {
-    /// The layer as it was applied before, if it was.
-    pub(crate) fn existing(&self) -> Result<Option<Applied>, UnpackError> {
-        let Place::Known { chain, .. } = self.place else { return Ok(None) };
-        let store = self.fetcher.store();
-        let found = verified(store.existing(&self.blob, Anchor::Tar(chain)).map_err(|e| self.stored(e))?, chain);
-        let Some((file, diff_id)) = found else { return Ok(None) };
-        let layer = self.show(file, diff_id, 0, Some(Root::InImage))?;
-        Ok(Some(Applied { layer, diff_id, size: None }))
-    }
-
-    /// Applies `blob`. Waits for it, for the disk, and for layers below.
-    pub(crate) fn run(self, blob: impl Read + Send + 'static) -> Result<Applied, UnpackError> {
-        let digest = self.blob;
-        let read = |source| UnpackError::Read { blob: digest, source: Arc::new(source) };
-        let store = self.fetcher.store();
-        let anchor = Anchor::Tar(self.place.name());
-        let mut image = store.write_image(&digest, anchor).map_err(|error| self.stored(error))?;
-        let counted = Stoppable { inner: blob, stop: Arc::clone(&self.stop) };
-        let source = decompress::open(counted, BlobCheck::Done(digest), Algorithm::Sha256).map_err(read)?;
-        let mut source = ReadAhead::new(source).map_err(read)?;
-        let role = match self.place {
-            Place::Known { below: None, .. } => LayerRole::Bottom,
-            Place::Private(_) if self.below.is_empty() => LayerRole::Bottom,
-            Place::Known { .. } | Place::Private(_) => LayerRole::Upper,
-        };
-        let mut lower = Lower::new(self.runtime.clone(), None, self.below.clone(), self.told.root.clone());
+    /// Applies what `open` gives, unless it was applied before. Waits for the blob, for the disk, and for layers below.
+    pub(crate) fn run<R: Read + Send + 'static>(self, open: impl FnOnce() -> R) -> Result<Applied, UnpackError> {
+        let Self { fetcher, runtime, blob: digest, size, place, below, told, stop } = self;
+        let name = place.name();
         // The diffID is known at the end; what names the image in its superblock is its stack.
-        let identity = DiffId(self.place.name().0);
-        let unpacked = unpack_layer(&mut source, role, identity, Some(&mut lower), &mut Out(&mut image));
-        // Read to the end in any case: a blob that is not what it should be explains a broken tar better.
-        let (summary, unpacked) = match (source.finish(), unpacked) {
-            (Ok(summary), unpacked) => (summary, unpacked),
-            (Err(_), _) if self.stop.load(Ordering::Relaxed) => return Err(UnpackError::Abandoned { blob: digest }),
-            // Unless it was reading that broke the tar: then the cause went to the tar's reader, and only it can tell.
-            (Err(_), Err(LayerError::Tar(TarError { problem: Problem::Io(source), .. }))) => return Err(read(source)),
-            (Err(source), _) => return Err(read(source)),
-        };
-        if let Place::Known { chain, below } = self.place {
-            let found = ChainId::on(below, summary.diff_id);
-            if found != chain {
-                return Err(UnpackError::Misplaced { blob: digest, expected: chain, found });
-            }
+        let identity = DiffId(name.0);
+        let source = None;
+        let image = TarImage { fetcher, runtime, blob: digest, size, name, identity, source, below, told, stop };
+        if matches!(place, Place::Known { .. })
+            && let Some((layer, diff_id)) = image.existing(None)?
+        {
+            return Ok(Applied { layer, diff_id, size: None });
         }
-        unpacked.map_err(|error| self.failed(error))?;
-        let file = store.keep_tar(&image, identity, summary.diff_id).map_err(|error| self.stored(error))?;
-        let layer = self.show(file, summary.diff_id, self.size, None)?;
+        let (layer, summary) = image.make(open(), Algorithm::Sha256, |summary| {
+            let Place::Known { chain: expected, below, .. } = place else { return Ok(()) };
+            let found = ChainId::on(below, summary.diff_id);
+            if found == expected { Ok(()) } else { Err(UnpackError::Misplaced { blob: digest, expected, found }) }
+        })?;
         tracing::info!(blob = %digest, "a tar layer is applied");
         Ok(Applied { layer, diff_id: summary.diff_id, size: Some(summary.diff_size) })
     }
-
-    /// Lets those above look into the finished image, and opens it as a layer.
-    fn show(
-        &self,
-        file: Arc<BlobFile>,
-        diff_id: DiffId,
-        fetched: u64,
-        root: Option<Root>,
-    ) -> Result<Arc<LayerImage>, UnpackError> {
-        let path = file.image_path();
-        let image = File::open(&path).map_err(|error| self.stored(StoreError::io("open", &path, error)))?;
-        self.told.image.send_replace(Some(Below::Local { image: Arc::new(image) }));
-        if let Some(root) = root {
-            self.told.root.send_replace(Some(root));
-        }
-        let identity = DiffId(self.place.name().0);
-        let layer = TarLayer { blob: self.blob, blob_size: self.size, identity, diff_id, fetched };
-        Ok(self.fetcher.unpacked_layer(layer, file))
-    }
-
-    fn stored(&self, source: StoreError) -> UnpackError {
-        UnpackError::Store { blob: self.blob, source: Arc::new(source) }
-    }
-
-    /// A disk that fails is told as what it is.
-    fn failed(&self, error: LayerError) -> UnpackError {
-        match error {
-            LayerError::Image { source } => {
-                self.stored(StoreError::io("write into", self.fetcher.store().root(), source))
-            }
-            source => UnpackError::Tar { blob: self.blob, source: Arc::new(source) },
-        }
-    }
 }
 
-/// The image of a tar and its diffID, if all of it is as it should be.
-fn verified(file: Option<Arc<BlobFile>>, chain: ChainId) -> Option<(Arc<BlobFile>, DiffId)> {
-    let file = file.filter(|file| file.verdict() == Verdict::Verified(DiffId(chain.0)))?;
-    let tar = file.tar()?;
-    Some((file, tar))
-}
-
-/// The layer that the tar `blob` on top of the stack `chain` became earlier, if it is in the store.
+/// The layer that the tar `blob` became earlier, if it is in the store under `name`.
 ///
 /// # Errors
 /// See [`StoreError`].
 pub fn applied_before(
     fetcher: &Fetcher,
     blob: BlobDigest,
-    chain: ChainId,
+    name: ChainId,
 ) -> Result<Option<Arc<LayerImage>>, StoreError> {
-    let found = verified(fetcher.store().existing(&blob, Anchor::Tar(chain))?, chain);
-    Ok(found.map(|(file, diff_id)| {
+    let found = made_before(fetcher, &blob, name)?;
+    Ok(found.and_then(|file| {
+        let diff_id = file.tar()?;
         // Nothing of it is ever fetched, so the size of its blob does not matter any more.
         let blob_size = file.spec().image_size;
-        let layer = TarLayer { blob, blob_size, identity: DiffId(chain.0), diff_id, fetched: 0 };
-        fetcher.unpacked_layer(layer, file)
+        let layer = TarLayer { blob, blob_size, identity: DiffId(name.0), diff_id, fetched: 0 };
+        Some(fetcher.unpacked_layer(layer, file))
     }))
 }
 
-/// A blob that ends with an error when nobody waits for it any more.
-struct Stoppable<R> {
-    inner: R,
-    stop: Arc<AtomicBool>,
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-impl<R: Read> Read for Stoppable<R> {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        if self.stop.load(Ordering::Relaxed) {
-            return Err(io::Error::other("nobody waits for the layer any more"));
-        }
-        self.inner.read(buf)
+    #[test]
+    fn what_is_unpacked_upon_a_claim_is_kept_apart() {
+        let chain = |text: &str| ChainId(Digest::of(Algorithm::Sha256, text.as_bytes()));
+        let place = |of: &str, images: &[&str]| Place::Known {
+            chain: chain(of),
+            below: None,
+            images: images.iter().map(|image| DiffId(chain(image).0)).collect(),
+        };
+        assert_eq!(place("a", &[]).name(), chain("a"), "as a pull of the same tars keeps it");
+        assert_eq!(Place::Private(chain("a")).name(), chain("a"));
+        let names =
+            [place("a", &[]), place("a", &["x"]), place("a", &["y"]), place("a", &["x", "y"]), place("b", &["x"])]
+                .map(|place| place.name());
+        let different: std::collections::BTreeSet<_> = names.iter().collect();
+        assert_eq!(different.len(), names.len());
     }
 }

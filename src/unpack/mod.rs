@@ -17,13 +17,15 @@ mod apply;
 mod error;
 mod fill;
 mod ordinary;
+mod tar;
 mod why;
 
 pub use apply::applied_before;
-pub(crate) use apply::{Apply, Place, Told};
+pub(crate) use apply::{Apply, Place};
 pub use error::UnpackError;
 pub use fill::{Fill, FillOptions, Persistence, Phase};
 pub use ordinary::{Part, Progress, unpack_tars};
+pub(crate) use tar::{Told, identity_of};
 pub use why::why;
 
 #[cfg(doc)]

@@ -10,26 +10,20 @@
 //! Guarantees: an image appears in the store when it is complete, safe on disk, and its tar had its diffID; never before.
 //! An unpacking that is dropped ends at its next byte and leaves nothing. Refuses to know mounts and references.
 
-use std::fs::File;
 use std::io::{self, Read};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use tokio::runtime::Handle;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 
 use super::UnpackError;
-use crate::convert::below::{Below, LayerBelow, Lower, ReadAhead, Root};
-use crate::convert::direct::{ImageOut, unpack_layer};
-use crate::convert::layer::LayerError;
-use crate::erofs::writer::LayerRole;
-use crate::fetch::{BlobStream, Fetcher, LayerImage, TarLayer};
-use crate::model::{Algorithm, BlobDigest, ChainId, DiffId, Digest};
+use super::tar::{TarImage, Told, identity_of};
+use crate::convert::below::{Below, LayerBelow};
+use crate::fetch::{BlobStream, Fetcher, LayerImage};
+use crate::model::{BlobDigest, ChainId, DiffId};
 use crate::oci::Descriptor;
-use crate::store::{Anchor, BlobFile, StoreError, Verdict, WholeWriter};
-use crate::tar::Problem;
-use crate::tar::decompress::{self, BlobCheck};
 use crate::transport::ImageSource;
 
 /// Layers at a time. Each takes a core for inflating and most of one for the tar, and holds its tree in memory (some 150
@@ -71,21 +65,13 @@ impl Progress {
     }
 }
 
-/// What all layers of an image share.
-struct Shop {
-    fetcher: Fetcher,
-    runtime: Handle,
-    source: ImageSource,
-    progress: Arc<Progress>,
-    stop: AtomicBool,
-}
-
 /// Tells the threads to end when nobody waits any more.
-struct Stop(Arc<Shop>);
+#[derive(Default)]
+struct Stop(Arc<AtomicBool>);
 
 impl Drop for Stop {
     fn drop(&mut self) {
-        self.0.stop.store(true, Ordering::Relaxed);
+        self.0.store(true, Ordering::Relaxed);
     }
 }
 
@@ -106,15 +92,11 @@ pub enum Part {
 }
 
 impl Part {
-    /// What the tars above are unpacked upon, as far as that says what becomes of them. Of an image its diffID is a claim as
-    /// long as not all of it was seen, and who makes another claim true must not find what was unpacked upon this one.
+    /// What the tars above are unpacked upon, as far as that says what becomes of them.
     fn identity(&self) -> DiffId {
         match self {
             Self::Tar { diff_id, .. } => *diff_id,
-            Self::Image(layer) => {
-                let said = format!("headstart image\n{}\n{}\n{}\n", layer.diff_id(), layer.blob(), layer.anchor());
-                DiffId(Digest::of(Algorithm::Sha256, said.as_bytes()))
-            }
+            Self::Image(layer) => identity_of(layer.diff_id(), layer.blob(), &layer.anchor().to_string()),
         }
     }
 
@@ -137,48 +119,39 @@ pub async fn unpack_tars(
     parts: &[Part],
     progress: Arc<Progress>,
 ) -> Result<Vec<Arc<LayerImage>>, UnpackError> {
-    let shop = Arc::new(Shop {
-        fetcher: fetcher.clone(),
-        runtime: runtime.clone(),
-        source: source.clone(),
-        progress,
-        stop: AtomicBool::new(false),
-    });
-    let _stop = Stop(Arc::clone(&shop));
+    let stop = Stop::default();
     let permits = Arc::new(Semaphore::new(jobs()));
     let mut tasks = JoinSet::new();
     let mut below: Vec<LayerBelow> = Vec::new();
     let mut done: Vec<Option<Arc<LayerImage>>> = vec![None; parts.len()];
     let identities: Vec<DiffId> = parts.iter().map(Part::identity).collect();
     for (number, (part, chain_id)) in parts.iter().zip(ChainId::of_stack(&identities)).enumerate() {
-        let (image, image_receiver) = watch::channel(None);
-        let (root, root_receiver) = watch::channel(None);
         let (descriptor, position, diff_id) = match part {
-            Part::Tar { descriptor, position, diff_id } => (descriptor, *position, diff_id),
+            Part::Tar { descriptor, position, diff_id } => (descriptor, *position, *diff_id),
             Part::Image(layer) => {
-                image.send_replace(Some(Below::Lazy { layer: Arc::clone(layer) }));
-                root.send_replace(Some(Root::InImage));
-                below.push(LayerBelow { image: image_receiver, root: root_receiver });
+                below.push(Told::known(Below::Lazy { layer: Arc::clone(layer) }).below());
                 if let Some(place) = done.get_mut(number) {
                     *place = Some(Arc::clone(layer));
                 }
                 continue;
             }
         };
-        let role = if number == 0 { LayerRole::Bottom } else { LayerRole::Upper };
-        let work = Work {
-            shop: Arc::clone(&shop),
-            number,
-            position,
-            descriptor: Descriptor::clone(descriptor),
-            diff_id: *diff_id,
-            chain_id,
-            role,
+        let told = Told::default();
+        let above = told.below();
+        let image = TarImage {
+            fetcher: fetcher.clone(),
+            runtime: runtime.clone(),
+            blob: descriptor.digest,
+            size: descriptor.size,
+            name: chain_id,
+            identity: diff_id,
+            source: Some(source.clone()),
             below: below.clone(),
-            image,
-            root,
+            told,
+            stop: Arc::clone(&stop.0),
         };
-        below.push(LayerBelow { image: image_receiver, root: root_receiver });
+        below.push(above);
+        let work = Work { number, position, diff_id, image, source: source.clone(), progress: Arc::clone(&progress) };
         // Layers are begun in order: whoever waits for a lower one waits for somebody who works.
         let permit = loop {
             tokio::select! {
@@ -213,35 +186,28 @@ fn take(done: &mut [Option<Arc<LayerImage>>], finished: Finished) -> Result<(), 
 
 /// One layer.
 struct Work {
-    shop: Arc<Shop>,
     /// Place in the stack.
     number: usize,
     /// Place in the manifest.
     position: usize,
-    descriptor: Descriptor,
     diff_id: DiffId,
-    chain_id: ChainId,
-    role: LayerRole,
-    below: Vec<LayerBelow>,
-    /// Tells those above how to look into this layer.
-    image: watch::Sender<Option<Below>>,
-    /// Tells those above what the root looks like up to here.
-    root: watch::Sender<Option<Root>>,
+    image: TarImage,
+    source: ImageSource,
+    progress: Arc<Progress>,
 }
 
 impl Work {
     async fn run(self, permit: OwnedSemaphorePermit) -> Result<(usize, Arc<LayerImage>), UnpackError> {
-        let blob = self.descriptor.digest;
-        let (work, found) = self.blocking(|work| work.existing()).await?;
-        if let Some(layer) = found? {
-            work.shop.progress.set(work.position, work.descriptor.size);
+        let (blob, size) = (self.image.blob, self.image.size);
+        let (work, found) = self.blocking(|work| work.image.existing(Some(work.diff_id))).await?;
+        if let Some((layer, _)) = found? {
+            work.progress.set(work.position, size);
             return Ok((work.number, layer));
         }
         let (mut work, permit) = (work, Arc::new(permit));
         let mut attempt = 0;
         loop {
-            let (descriptor, source) = (&work.descriptor, work.shop.source.blobs());
-            let reader = work.shop.fetcher.stream(blob, descriptor.size, source, attempt);
+            let reader = work.image.fetcher.stream(blob, size, work.source.blobs(), attempt);
             // The thread holds the permit as well: it works until it has noticed that it should not.
             let permit = Arc::clone(&permit);
             let (back, unpacked) = work
@@ -268,7 +234,7 @@ impl Work {
         self,
         job: impl FnOnce(&Self) -> T + Send + 'static,
     ) -> Result<(Self, T), UnpackError> {
-        let blob = self.descriptor.digest;
+        let blob = self.image.blob;
         let working = tokio::task::spawn_blocking(move || {
             let result = job(&self);
             (self, result)
@@ -280,125 +246,31 @@ impl Work {
         }
     }
 
-    fn stored(&self, source: StoreError) -> UnpackError {
-        UnpackError::Store { blob: self.descriptor.digest, source: Arc::new(source) }
-    }
-
-    /// The name of the image: not the tar's, since the image depends on the layers below.
-    fn identity(&self) -> DiffId {
-        DiffId(self.chain_id.0)
-    }
-
-    /// The layer as it was unpacked before.
-    fn existing(&self) -> Result<Option<Arc<LayerImage>>, UnpackError> {
-        let store = self.shop.fetcher.store();
-        let found = store.existing(&self.descriptor.digest, Anchor::Tar(self.chain_id)).map_err(|e| self.stored(e))?;
-        let found = found.filter(|file| file.verdict() == Verdict::Verified(self.identity()));
-        found.map(|file| self.show(file, 0, Some(Root::InImage))).transpose()
-    }
-
-    /// Lets those above look into the finished image, and opens it as a layer.
-    fn show(&self, file: Arc<BlobFile>, fetched: u64, root: Option<Root>) -> Result<Arc<LayerImage>, UnpackError> {
-        let path = file.image_path();
-        let image = File::open(&path).map_err(|error| self.stored(StoreError::io("open", &path, error)))?;
-        self.image.send_replace(Some(Below::Local { image: Arc::new(image) }));
-        if let Some(root) = root {
-            self.root.send_replace(Some(root));
-        }
-        let layer = TarLayer {
-            blob: self.descriptor.digest,
-            blob_size: self.descriptor.size,
-            identity: self.identity(),
-            diff_id: self.diff_id,
-            fetched,
-        };
-        Ok(self.shop.fetcher.unpacked_layer(layer, file))
-    }
-
     fn unpack(&self, reader: BlobStream) -> Result<Arc<LayerImage>, UnpackError> {
-        let blob = self.descriptor.digest;
-        let read = |source| UnpackError::Read { blob, source: Arc::new(source) };
-        let store = self.shop.fetcher.store();
-        let mut image = store.write_image(&blob, Anchor::Tar(self.chain_id)).map_err(|error| self.stored(error))?;
-        let counted = Counted { inner: reader, shop: Arc::clone(&self.shop), layer: self.position, read: 0 };
-        let source = decompress::open(counted, BlobCheck::Done(blob), self.diff_id.0.algorithm()).map_err(read)?;
-        let mut source = ReadAhead::new(source).map_err(read)?;
-        let mut lower = Lower::new(
-            self.shop.runtime.clone(),
-            Some(self.shop.source.clone()),
-            self.below.clone(),
-            self.root.clone(),
-        );
-        let unpacked = unpack_layer(&mut source, self.role, self.diff_id, Some(&mut lower), &mut Out(&mut image));
-        // Read to the end in any case: a blob that is not what it should be explains a broken tar better.
-        let summary = match (source.finish(), &unpacked) {
-            (Ok(summary), _) => summary,
-            (Err(_), _) if self.shop.stop.load(Ordering::Relaxed) => return Err(UnpackError::Abandoned { blob }),
-            // Unless it was reading that broke the tar: then the cause went to the tar's reader, and only it can tell.
-            (Err(source), Err(LayerError::Tar(error))) if !matches!(error.problem, Problem::Io(_)) => {
-                return Err(read(source));
-            }
-            (Err(source), Ok(_)) => return Err(read(source)),
-            (Err(_), Err(_)) => {
-                unpacked.map_err(|error| self.failed(error))?;
-                return Err(UnpackError::Abandoned { blob });
-            }
-        };
-        if summary.diff_id != self.diff_id {
-            return Err(UnpackError::DiffId { blob, expected: self.diff_id, found: summary.diff_id });
-        }
-        unpacked.map_err(|error| self.failed(error))?;
-        let file = store.keep_tar(&image, self.identity(), self.diff_id).map_err(|error| self.stored(error))?;
-        let layer = self.show(file, self.descriptor.size, None)?;
+        let (blob, expected) = (self.image.blob, self.diff_id);
+        let counted = Counted { inner: reader, progress: Arc::clone(&self.progress), layer: self.position, read: 0 };
+        let (layer, _) = self.image.make(counted, expected.0.algorithm(), |summary| match summary.diff_id {
+            found if found == expected => Ok(()),
+            found => Err(UnpackError::DiffId { blob, expected, found }),
+        })?;
         tracing::info!(%blob, "the tar layer is unpacked and verified");
         Ok(layer)
     }
-
-    /// A disk that fails is told as what it is.
-    fn failed(&self, error: LayerError) -> UnpackError {
-        let (blob, root) = (self.descriptor.digest, self.shop.fetcher.store().root());
-        match error {
-            LayerError::Image { source } => self.stored(StoreError::io("write into", root, source)),
-            source => UnpackError::Tar { blob, source: Arc::new(source) },
-        }
-    }
 }
 
-/// A store's image as the writer of layers sees it.
-pub(super) struct Out<'a>(pub(super) &'a mut WholeWriter);
-
-impl io::Write for Out<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.write(bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.0.flush()
-    }
-}
-
-impl ImageOut for Out<'_> {
-    fn write_first_block(&mut self, block: &[u8]) -> io::Result<()> {
-        self.0.write_first(block)
-    }
-}
-
-/// A blob whose progress is told, and that ends with an error when the unpacking is stopped.
+/// A blob whose progress is told.
 struct Counted<R> {
     inner: R,
-    shop: Arc<Shop>,
+    progress: Arc<Progress>,
     layer: usize,
     read: u64,
 }
 
 impl<R: Read> Read for Counted<R> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        if self.shop.stop.load(Ordering::Relaxed) {
-            return Err(io::Error::other("unpacking was stopped"));
-        }
         let read = self.inner.read(buf)?;
         self.read += read as u64;
-        self.shop.progress.set(self.layer, self.read);
+        self.progress.set(self.layer, self.read);
         Ok(read)
     }
 }

@@ -28,11 +28,11 @@ use crate::convert::below::{Below, LayerBelow};
 use crate::daemon::recorder::spec;
 use crate::fetch::{Fetcher, LayerImage};
 use crate::grpc::{self, Differ, DifferError, Given, Order, Uncompressed, async_trait};
-use crate::model::{Algorithm, BlobDigest, ChainId, Digest};
+use crate::model::{Algorithm, BlobDigest, ChainId, DiffId, Digest};
 use crate::oci::LayerKind;
 use crate::oci::labels::SNAPSHOT_REF;
-use crate::store::{Anchor, Verdict};
-use crate::unpack::{Apply, Place, Told, applied_before};
+use crate::store::{Anchor, StoreError, Verdict};
+use crate::unpack::{Apply, Place, Told, applied_before, identity_of};
 
 /// The stack below, of a snapshot that has no parent yet. containerd sets it since 2.3.
 const PARENT_CHAIN: &str = "containerd.io/snapshot/parent-chain-id";
@@ -97,6 +97,16 @@ struct Plan {
     apply: Apply,
 }
 
+/// What a snapshot stands on.
+struct Ground {
+    /// What the stack is called, if somebody says so.
+    called: Option<ChainId>,
+    /// Its layers, the lowest first.
+    layers: Vec<LayerBelow>,
+    /// Those of them that others may know as something else, see [`identity_of`].
+    images: Vec<DiffId>,
+}
+
 /// Tells the thread to end when nobody waits any more.
 #[derive(Default)]
 struct Stop(Arc<AtomicBool>);
@@ -154,14 +164,14 @@ impl NodeDiffer {
             return Err(not_ours("the snapshot is finished"));
         }
         let chain = chain_of(&snapshot.labels);
-        let (below_chain, told, below) = {
+        let (Ground { called, layers: below, images }, told) = {
             let mut table = inner.applies.table();
             let all = inner.snapshots.all();
-            let (below_chain, below) = self.below(&all, &snapshot, &mut table)?;
-            (below_chain, table.entry(snapshot.slot).or_default().clone(), below)
+            let ground = self.below(&all, &snapshot, &mut table)?;
+            (ground, table.entry(snapshot.slot).or_default().clone())
         };
         let place = match chain {
-            Some(chain) if below.is_empty() || below_chain.is_some() => Place::Known { chain, below: below_chain },
+            Some(chain) if below.is_empty() || called.is_some() => Place::Known { chain, below: called, images },
             _ => Place::Private(private(&snapshot)),
         };
         let apply = Apply {
@@ -177,14 +187,9 @@ impl NodeDiffer {
         Ok(Plan { snapshot, apply })
     }
 
-    /// What `snapshot` stands on: what the stack is called, if somebody says so, and its layers, the lowest first.
-    fn below(
-        &self,
-        all: &Chain,
-        snapshot: &Snapshot,
-        table: &mut Waited,
-    ) -> Result<(Option<ChainId>, Vec<LayerBelow>), DifferError> {
-        let mut layers = Vec::new();
+    /// What `snapshot` stands on.
+    fn below(&self, all: &Chain, snapshot: &Snapshot, table: &mut Waited) -> Result<Ground, DifferError> {
+        let (mut layers, mut images) = (Vec::new(), Vec::new());
         let mut next = next_below(all, snapshot)?;
         let called = match (&next, &snapshot.parent) {
             (Some(below), Some(_)) => chain_of(&below.labels),
@@ -196,7 +201,14 @@ impl NodeDiffer {
             }
             layers.push(match at.content {
                 Content::Layer(slot) => match all.layer(slot) {
-                    Some(layer) => self.known(layer)?,
+                    Some(layer) => {
+                        // A tar that is kept under its stack was unpacked upon tars alone.
+                        let plain = chain_of(&at.labels).map(|chain| Anchor::Tar(chain).to_string());
+                        if plain.as_ref() != Some(&layer.id.anchor) {
+                            images.push(identity_of(layer.id.diff_id, &layer.id.blob, &layer.id.anchor));
+                        }
+                        self.known(layer)?
+                    }
                     None => return Err(DifferError::Broken),
                 },
                 // Somebody applies it at this moment, or is about to.
@@ -209,19 +221,23 @@ impl NodeDiffer {
             next = next_below(all, at)?;
         }
         layers.reverse();
-        Ok((called, layers))
+        images.reverse();
+        Ok(Ground { called, layers, images })
     }
 
     /// A layer that is recorded: here, or to be read as it comes.
     fn known(&self, layer: &Layer) -> Result<LayerBelow, DifferError> {
         let unknown = |why: String| DifferError::Layers(why.into());
+        let failed = |error: StoreError| DifferError::Layers(Box::new(error));
         let anchor: Anchor = layer.id.anchor.parse().map_err(|error| DifferError::Layers(Box::new(error)))?;
-        let file = self.fetcher.store().existing(&layer.id.blob, anchor);
-        let file = file.map_err(|error| DifferError::Layers(Box::new(error)))?;
-        let below = match file.filter(|file| matches!(file.verdict(), Verdict::Verified(_))) {
-            Some(file) => {
+        let file = self.fetcher.store().existing(&layer.id.blob, anchor).map_err(failed)?;
+        let file = file.filter(|file| matches!(file.verdict(), Verdict::Verified(_)));
+        // What is read as a file must not lose chunks meanwhile.
+        let pinned = file.map(|file| Ok(file.pin()?.map(|pin| (file, pin)))).transpose().map_err(failed)?.flatten();
+        let below = match pinned {
+            Some((file, pin)) => {
                 let image = File::open(file.image_path()).map_err(|error| DifferError::Layers(Box::new(error)))?;
-                Below::Local { image: Arc::new(image) }
+                Below::Local { image: Arc::new(image), pin: Some(Arc::new(pin)) }
             }
             None => match self.node.0.shown().get(&layer.slot) {
                 Some(shown) => Below::Lazy { layer: Arc::clone(&shown.image) },
@@ -234,14 +250,8 @@ impl NodeDiffer {
     fn carry_out(&self, plan: Plan, order: &Order) -> Result<Uncompressed, DifferError> {
         let inner = &self.node.0;
         let Plan { snapshot, apply } = plan;
-        let applied = match apply.existing() {
-            Ok(Some(applied)) => Ok(applied),
-            Ok(None) => {
-                let namespace = order.namespace.as_deref().unwrap_or_else(|| namespace_of(snapshot.key.as_str()));
-                apply.run(self.content.open(namespace, order.blob, order.size))
-            }
-            Err(error) => Err(error),
-        };
+        let namespace = order.namespace.as_deref().unwrap_or_else(|| namespace_of(snapshot.key.as_str()));
+        let applied = apply.run(|| self.content.open(namespace, order.blob, order.size));
         let recorded = {
             // Whoever looks from now on finds it in the records.
             let mut table = inner.applies.table();

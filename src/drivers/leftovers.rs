@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use super::error::in_one_line;
 use super::run::{clear, layers, mapped, overlay_source, take};
 use super::{DriverError, timely};
+use crate::sys::LockMode;
 use crate::sys::fuse::MOUNT_KIND;
 use crate::sys::loopdev::{LoopDevice, loop_devices};
 use crate::sys::mount::{MountEntry, Unmount, mount_table, unmount};
@@ -128,7 +129,7 @@ pub fn find(run: &Path, table: &[MountEntry], loops: &[LabelledLoop]) -> Vec<Lef
 /// # Errors
 /// The system cannot be asked.
 pub fn look(run: &Path) -> Result<Option<Vec<Leftover>>, DriverError> {
-    held(run, |run| found_now(run).map(Some))
+    held(run, LockMode::Shared, |run| found_now(run).map(Some))
 }
 
 /// Takes away what the dead owner of `run` left; none as for [`look`]. With [`Unmount::Strict`] stacks that somebody
@@ -137,7 +138,7 @@ pub fn look(run: &Path) -> Result<Option<Vec<Leftover>>, DriverError> {
 /// # Errors
 /// The system cannot be asked.
 pub fn remove(run: &Path, how: Unmount) -> Result<Option<Outcome>, DriverError> {
-    held(run, |run| {
+    held(run, LockMode::Exclusive, |run| {
         let mut outcome = Outcome::default();
         for leftover in found_now(run)? {
             let stays = outcome.kept.iter().any(|(kept, _)| matches!(kept, Leftover::Overlay { .. }));
@@ -158,7 +159,11 @@ pub fn remove(run: &Path, how: Unmount) -> Result<Option<Outcome>, DriverError> 
 }
 
 /// Does `with` with the name of `run` without links, while its owner is known to be dead.
-fn held<T>(run: &Path, with: impl FnOnce(&Path) -> Result<Option<T>, DriverError>) -> Result<Option<T>, DriverError> {
+fn held<T>(
+    run: &Path,
+    mode: LockMode,
+    with: impl FnOnce(&Path) -> Result<Option<T>, DriverError>,
+) -> Result<Option<T>, DriverError> {
     let run = match run.canonicalize() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         found => found.map_err(DriverError::io("find", run))?,
@@ -167,7 +172,7 @@ fn held<T>(run: &Path, with: impl FnOnce(&Path) -> Result<Option<T>, DriverError
     if !run.join("owner").exists() {
         return Ok(None);
     }
-    let Some(_owner) = take(&run)? else { return Ok(None) };
+    let Some(_owner) = take(&run, mode)? else { return Ok(None) };
     with(&run)
 }
 

@@ -15,10 +15,14 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use super::DriverError;
 use crate::model::{Algorithm, Digest};
 use crate::sys::{FileLock, LockMode};
+
+/// How long the lock of an owner is held by those who only look at what a dead one left.
+const MOMENT: Duration = Duration::from_secs(5);
 
 /// What the source of every overlay begins with.
 const SOURCE: &str = "headstart:";
@@ -44,7 +48,7 @@ impl RunDirectory {
         let mut maker = fs::DirBuilder::new();
         maker.recursive(true).mode(0o700).create(path).map_err(DriverError::io("create", path))?;
         let path = path.canonicalize().map_err(DriverError::io("find", path))?;
-        let owner = take(&path)?.ok_or_else(|| DriverError::Owned(path.clone()))?;
+        let owner = take(&path, LockMode::Exclusive)?.ok_or_else(|| DriverError::Owned(path.clone()))?;
         let is_found = layers(&path).exists();
         for inner in [layers(&path), path.join("empty")] {
             maker.create(&inner).map_err(DriverError::io("create", &inner))?;
@@ -122,13 +126,17 @@ impl Drop for RunDirectory {
     }
 }
 
-/// The lock of the owner of `run`; none if an owner lives.
-pub(super) fn take(run: &Path) -> Result<Option<FileLock>, DriverError> {
+/// The lock of the owner of `run`, shared with others who only look if that is the `mode`; none if an owner lives.
+pub(super) fn take(run: &Path, mode: LockMode) -> Result<Option<FileLock>, DriverError> {
     let path = run.join("owner");
     loop {
         let mut create = fs::File::options();
         create.write(true).create(true).truncate(false).open(&path).map_err(DriverError::io("create", &path))?;
-        let lock = match FileLock::try_acquire(&path, LockMode::Exclusive) {
+        let taken = match mode {
+            LockMode::Exclusive => FileLock::acquire_within(&path, mode, MOMENT),
+            LockMode::Shared => FileLock::try_acquire(&path, mode),
+        };
+        let lock = match taken {
             Ok(Some(lock)) => lock,
             Ok(None) => return Ok(None),
             // Whoever held it removed it at this moment.

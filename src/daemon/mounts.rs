@@ -223,6 +223,17 @@ impl Mounts {
         let lock = place.take()?.ok_or_else(|| MountsError::Taken(mount_point.to_owned()))?;
         Ok(Claim { place, leaves_record: false, _lock: lock })
     }
+
+    /// Takes `mount_point` (absolute) to go on with what a dead process has mounted there, whose record stays until another
+    /// one is published.
+    ///
+    /// # Errors
+    /// [`MountsError::Taken`].
+    pub fn claim_dead(&self, mount_point: &Path) -> Result<Claim, MountsError> {
+        let mut claim = self.claim(mount_point)?;
+        claim.leaves_record = true;
+        Ok(claim)
+    }
 }
 
 impl Entry {
@@ -311,7 +322,7 @@ impl Process {
     }
 }
 
-/// A mount point that belongs to this process until this is dropped, which removes its files.
+/// A mount point that belongs to this process until this is dropped, which removes its files, but for a record that is to stay.
 #[derive(Debug)]
 pub struct Claim {
     place: Place,
@@ -324,7 +335,13 @@ impl Claim {
     ///
     /// # Errors
     /// A record that cannot be written.
-    pub fn publish(&self, record: &MountRecord) -> Result<(), MountsError> {
+    pub fn publish(&mut self, record: &MountRecord) -> Result<(), MountsError> {
+        self.write(record)?;
+        self.leaves_record = false;
+        Ok(())
+    }
+
+    fn write(&self, record: &MountRecord) -> Result<(), MountsError> {
         let (path, fresh) = (self.place.record(), self.place.file(".new"));
         let bytes = serde_json::to_vec_pretty(record).expect("plain fields always have a JSON form");
         let Err(error) = fs::write(&fresh, &bytes).and_then(|()| fs::rename(&fresh, &path)) else { return Ok(()) };
@@ -345,7 +362,7 @@ impl Claim {
     /// # Errors
     /// A record that cannot be written.
     pub fn leave(mut self, record: &MountRecord) -> Result<(), MountsError> {
-        self.publish(record)?;
+        self.write(record)?;
         self.leaves_record = true;
         Ok(())
     }
@@ -488,9 +505,9 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         assert!(Mounts::look(root.path()).unwrap().is_empty());
         let mounts = Mounts::open(root.path()).unwrap();
-        let living = mounts.claim(Path::new("/a")).unwrap();
+        let mut living = mounts.claim(Path::new("/a")).unwrap();
         living.publish(&record("/a")).unwrap();
-        let dead = mounts.claim(Path::new("/b")).unwrap();
+        let mut dead = mounts.claim(Path::new("/b")).unwrap();
         dead.publish(&record("/b")).unwrap();
         // What a killed process leaves: its files, but not its lock.
         let kept: Vec<(PathBuf, Vec<u8>)> = ["lock", "json"]
@@ -508,6 +525,22 @@ mod tests {
         assert!(!found[0].clear().unwrap());
         assert!(found[1].clear().unwrap());
         assert_eq!(Mounts::look(root.path()).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn the_record_of_the_dead_stays_until_there_is_another() {
+        let root = tempfile::tempdir().unwrap();
+        let mounts = Mounts::open(root.path()).unwrap();
+        let told = || Mounts::look(root.path()).unwrap().iter().map(|entry| entry.record.pid).collect::<Vec<_>>();
+        mounts.claim(Path::new("/a")).unwrap().leave(&record("/a")).unwrap();
+        drop(mounts.claim_dead(Path::new("/a")).unwrap());
+        assert_eq!(told(), [1]);
+        let mut next = mounts.claim_dead(Path::new("/a")).unwrap();
+        assert!(matches!(mounts.claim_dead(Path::new("/a")), Err(MountsError::Taken(_))));
+        next.publish(&MountRecord { pid: 2, ..record("/a") }).unwrap();
+        assert_eq!(told(), [2]);
+        drop(next);
+        assert_eq!(told(), [0_u32; 0]);
     }
 
     #[test]

@@ -228,7 +228,7 @@ impl Host {
 
     async fn mount_documents(
         self: &Arc<Self>,
-        claim: Claim,
+        mut claim: Claim,
         request: MountRequest,
         documents: Documents,
         adopt: bool,
@@ -342,34 +342,19 @@ impl Host {
                 mount::unmount(&dead.mount_point, mount::Unmount::Lazy)?;
                 sweep(&host.settings.root);
             }
-            let claim = host.records.claim(&dead.mount_point)?;
-            if adopt {
-                return Ok((claim, true));
+            let claim = host.records.claim_dead(&dead.mount_point)?;
+            if !adopt {
+                mount::check_mount_point(&dead.mount_point)?;
             }
-            match mount::check_mount_point(&dead.mount_point) {
-                Ok(_) => Ok((claim, false)),
-                Err(error) => {
-                    claim.leave(&dead)?;
-                    Err(anyhow::Error::new(error))
-                }
-            }
+            anyhow::Ok((claim, adopt))
         });
         let (claim, adopt) = clearing.await.context("the thread that clears a mount point broke down")??;
-        let mounting = async {
-            let image: Reference = record.image.parse()?;
-            let documents = self.house.kept_documents(&image, record.manifest).await?;
-            let (mount_point, upper) = (record.mount_point.clone(), record.upper.clone());
-            let (driver, fill) = (record.driver_wanted, !record.no_fill);
-            let request = MountRequest { image, platform: None, mount_point, upper, driver, fill };
-            self.mount_documents(claim, request, documents, adopt).await
-        };
-        match mounting.await {
-            Ok(_) => Ok(()),
-            Err(error) => {
-                self.records.claim(&record.mount_point)?.leave(&record)?;
-                Err(error)
-            }
-        }
+        let image: Reference = record.image.parse()?;
+        let documents = self.house.kept_documents(&image, record.manifest).await?;
+        let (mount_point, upper) = (record.mount_point, record.upper);
+        let (driver, fill) = (record.driver_wanted, !record.no_fill);
+        let request = MountRequest { image, platform: None, mount_point, upper, driver, fill };
+        self.mount_documents(claim, request, documents, adopt).await.map(drop)
     }
 
     /// What a daemon before this one shows on the mount point of `record`, if its connection was taken over: the source of the
@@ -388,15 +373,8 @@ impl Host {
         let layers = image.open_stack().await?;
         let (host, record) = (Arc::clone(self), record.clone());
         let taking = self.runtime.spawn_blocking(move || {
-            let claim = host.records.claim(&record.mount_point)?;
-            let listed = host.list_again(&image, layers, &record, source);
-            let (written, shown) = match listed {
-                Ok(listed) => listed,
-                Err(error) => {
-                    claim.leave(&record)?;
-                    return Err(error);
-                }
-            };
+            let mut claim = host.records.claim_dead(&record.mount_point)?;
+            let (written, shown) = host.list_again(&image, layers, &record, source)?;
             let driver = shown.driver().name.to_owned();
             let record = MountRecord { pid: std::process::id(), driver, daemon: host.socket(), ..record };
             claim.publish(&record)?;

@@ -22,6 +22,7 @@ use crate::sys::mount::{MountError, Unmount, check_mount_point, mounted_on, unmo
 use crate::vfs::FileSystem;
 
 const MAGIC: &[u8; 8] = b"HSFUSE\r\n";
+/// Another one also if files get other inode numbers: what the kernel remembers goes by those.
 const VERSION: u32 = 1;
 /// Magic, version, flags, device number, two lengths.
 const HEAD: usize = 32;
@@ -72,16 +73,18 @@ impl Kept {
         is_connected(&self.device)
     }
 
-    /// What was kept, in any order.
+    /// What was kept, in any order. Of several devices one that has a connection.
     ///
     /// # Errors
     /// [`LinkError::Incomplete`].
     pub fn found(descriptors: Vec<OwnedFd>) -> Result<Self, LinkError> {
-        let (mut device, mut record) = (None, None);
+        let (mut device, mut record): (Option<OwnedFd>, _) = (None, None);
         for descriptor in descriptors {
             let kind = rustix::fs::fstat(&descriptor).map(|stat| FileType::from_raw_mode(stat.st_mode));
             match kind {
-                Ok(FileType::CharacterDevice) => device = Some(descriptor),
+                Ok(FileType::CharacterDevice) if device.as_ref().is_none_or(|known| !is_connected(known)) => {
+                    device = Some(descriptor);
+                }
                 Ok(FileType::RegularFile) => record = Some(descriptor),
                 _ => {}
             }
@@ -96,12 +99,19 @@ pub struct Link {
     mount_point: PathBuf,
     /// The kernel's first request.
     request: Box<[u8]>,
-    /// What it was answered; none if it was not.
-    answer: Option<Box<[u8]>>,
+    /// What it was answered, and the record of that; none if it was not.
+    before: Option<Before>,
     /// Device number of the mount.
     number: (u32, u32),
     /// The kernel can send again what was not answered.
     pub(super) can_resend: bool,
+}
+
+/// What is known of the process that served a connection before.
+struct Before {
+    answer: Box<[u8]>,
+    /// Handed on as it is: a keeper that has this very file need not keep another one.
+    record: OwnedFd,
 }
 
 impl fmt::Debug for Link {
@@ -145,7 +155,7 @@ impl Link {
         let entry = entry.ok_or_else(|| MountError::NotMounted(mount_point.clone()))?;
         let number = (entry.major, entry.minor);
         std::mem::forget(unserved);
-        Ok(Self { device, mount_point, request, answer: None, number, can_resend: true })
+        Ok(Self { device, mount_point, request, before: None, number, can_resend: true })
     }
 
     /// The connection on `mount_point` that was served by a process which is gone.
@@ -154,8 +164,8 @@ impl Link {
     /// See [`LinkError`].
     pub fn take_up(kept: Kept, mount_point: &Path) -> Result<Self, LinkError> {
         let Kept { device, record } = kept;
-        let record = read_record(record, RECORD_LIMIT).map_err(LinkError::Unreadable)?;
-        let Record { number, request, answer } = Record::parse(&record)?;
+        let bytes = read_record(&record, RECORD_LIMIT).map_err(LinkError::Unreadable)?;
+        let Record { number, request, answer } = Record::parse(&bytes)?;
         if !is_connected(&device) {
             return Err(LinkError::Over);
         }
@@ -167,8 +177,8 @@ impl Link {
         if entry.is_none_or(|entry| (entry.major, entry.minor) != number) {
             return Err(elsewhere());
         }
-        let (request, answer) = (request.into(), Some(answer.into()));
-        Ok(Self { device, mount_point, request, answer, number, can_resend: true })
+        let (request, before) = (request.into(), Some(Before { answer: answer.into(), record }));
+        Ok(Self { device, mount_point, request, before, number, can_resend: true })
     }
 
     /// Where it is mounted, absolute and without links.
@@ -183,7 +193,7 @@ impl Link {
 
     /// True if a process served it before, so that the kernel knows what that one told it.
     pub const fn was_served(&self) -> bool {
-        self.answer.is_some()
+        self.before.is_some()
     }
 
     /// The same as on a kernel that does not send again what was not answered (before Linux 6.9).
@@ -210,20 +220,19 @@ impl Link {
         let mut answer = vec![0; RECORD_LIMIT];
         let (length, _) = receive(&ours, &mut answer)?;
         answer.truncate(length);
-        let answer = match &self.answer {
+        let record = match &self.before {
             None => {
                 rustix::io::write(&self.device, &answer)?;
-                &*answer
+                let record = Record { number: self.number, request: &self.request, answer: &answer };
+                sealed_record("headstart-fuse", &record.write())?
             }
             Some(before) => {
-                if **before != *answer {
+                if *before.answer != *answer {
                     tracing::info!("the kernel keeps to what it agreed on with the program before this one");
                 }
-                before
+                before.record.try_clone()?
             }
         };
-        let record = Record { number: self.number, request: &self.request, answer };
-        let record = sealed_record("headstart-fuse", &record.write())?;
         replace(session.as_fd(), self.device.as_fd())?;
         Ok((session, Kept { device: self.device.try_clone()?, record }))
     }

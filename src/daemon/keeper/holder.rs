@@ -11,7 +11,7 @@
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -65,15 +65,25 @@ struct Client {
 pub fn hold(run: &Path, patience: Duration, first: OwnedFd) -> io::Result<()> {
     let path = socket(run);
     let listener = listen(&path)?;
+    let bound = identity(&path)?;
     let mounts = fs::File::open("/proc/self/mountinfo")?;
     let clients = vec![Client { socket: first, is_daemon: false }];
     let mut holder = Holder { listener, clients, kept: Vec::new(), deadline: None, patience };
     while holder.goes_on() {
         holder.wait(mounts.as_fd())?;
     }
-    // First the name, so that nobody comes who is not answered.
-    fs::remove_file(&path)?;
+    // First the name, so that nobody comes who is not answered; unless another one has it by now, who was started because this
+    // one did not answer in time.
+    if identity(&path).is_ok_and(|there| there == bound) {
+        fs::remove_file(&path)?;
+    }
     Ok(())
+}
+
+/// Which file a name leads to.
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    let metadata = fs::symlink_metadata(path)?;
+    Ok((metadata.dev(), metadata.ino()))
 }
 
 fn listen(path: &Path) -> io::Result<OwnedFd> {

@@ -1,8 +1,10 @@
 //! Who keeps the daemon's FUSE connection while there is no daemon: the service manager's store of descriptors
 //! (`FileDescriptorStoreMax=` of systemd), or a small process of this program ([`hold`]).
 //!
-//! A manager that says that it has a store (`FDSTORE`, systemd 254) is believed. Older ones have one and do not say so, and
-//! some are told to have none: then both keep it, which does no harm.
+//! A manager that says that it has a store (`FDSTORE`, systemd 254) is believed as long as the service runs or is restarted.
+//! When it is stopped the store is emptied; nobody tells a daemon that is asked to end which of both it will be, so one that
+//! leaves its mounts starts a holder all the same. Older managers have a store and do not say so, and some are told to have
+//! none: then both keep it from the beginning, which does no harm.
 
 mod holder;
 
@@ -77,7 +79,8 @@ impl Keeper {
                 Vec::new()
             }
         };
-        [stored, held].into_iter().find_map(|descriptors| Kept::found(descriptors).ok())
+        let living = |descriptors| Kept::found(descriptors).ok().filter(Kept::is_connected);
+        [stored, held].into_iter().find_map(living)
     }
 
     fn take_from_holder(&self) -> io::Result<Vec<OwnedFd>> {
@@ -100,6 +103,8 @@ impl Keeper {
         }
         self.options.notify.store(NAME, &kept.descriptors());
         if self.options.has_store {
+            // One that has bridged the time since a daemon before this one was stopped.
+            self.dismiss();
             return Ok(());
         }
         let known = {
@@ -142,10 +147,28 @@ impl Keeper {
         self.options.has_store || self.holder().is_some()
     }
 
+    /// Sees to it that `kept` outlives this process, which is about to end, whatever the manager does.
+    ///
+    /// # Errors
+    /// Nobody but the manager keeps it.
+    pub fn leave(&self, kept: &Kept) -> io::Result<()> {
+        if self.holder().is_none() {
+            let holder = start(&self.options, kept)?;
+            *self.holder() = Some(holder);
+        }
+        Ok(())
+    }
+
     /// Has nothing kept any more.
     pub fn forget(&self) {
         self.options.notify.say(&format!("FDSTOREREMOVE=1\nFDNAME={NAME}"));
-        if let Some(holder) = self.holder().take() {
+        self.dismiss();
+    }
+
+    /// Lets the holder end, if there is one.
+    fn dismiss(&self) {
+        let holder = self.holder().take();
+        if let Some(holder) = holder {
             // One that has gone by itself keeps nothing either.
             send(&holder, holder::DROP, &[]).ok();
         }
@@ -258,6 +281,26 @@ mod tests {
         drop(daemon);
         wait(holder);
         assert!(gone.elapsed() >= patience);
+    }
+
+    #[test]
+    fn one_who_was_replaced_leaves_the_name_to_the_other() {
+        let run = tempfile::tempdir().unwrap();
+        let (first_daemon, first) = begin(run.path(), LONG);
+        send(&first_daemon, holder::TAKE, &[]).unwrap();
+        assert!(answer(&first_daemon).unwrap().is_empty());
+        let (second_daemon, second) = begin(run.path(), LONG);
+        let record = sealed_record("one", b"one").unwrap();
+        send(&second_daemon, holder::KEEP, &[record.as_fd()]).unwrap();
+        assert!(answer(&second_daemon).unwrap().is_empty());
+        send(&first_daemon, holder::DROP, &[]).unwrap();
+        wait(first);
+        let next = connect(run.path());
+        send(&next, holder::TAKE, &[]).unwrap();
+        assert_eq!(answer(&next).unwrap().len(), 1);
+        send(&next, holder::DROP, &[]).unwrap();
+        wait(second);
+        assert!(!holder::socket(run.path()).exists());
     }
 
     #[test]

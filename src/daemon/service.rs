@@ -1,9 +1,11 @@
 //! The daemon: a host that stays.
 //!
-//! Guarantees: one daemon per root and run directory. It begins without any registry: what a dead daemon left is taken
-//! away and mounted again from what was kept, or goes on under its readers if its FUSE connection was kept. It ends when it is asked to, mounts first, the latest first; a mount in use is
-//! taken away all the same, and served for [`DaemonSettings::stop_timeout`](super::config::DaemonSettings) to those who have
-//! files open. A second request to end does not wait for them.
+//! Guarantees: one daemon per root and run directory. It begins without any registry: what a dead daemon left goes on under
+//! its readers if its FUSE connection was kept, else it is taken away and mounted again from what was kept of the images; a
+//! beginning that fails changes nothing of it. It ends when it is asked to. What outlives it stays for the next one, if that is
+//! wanted; everything else is taken away, the latest mount first, also if it is in use, and is then served for
+//! [`DaemonSettings::stop_timeout`](super::config::DaemonSettings) to those who have files open. A second request to end does
+//! not wait for them.
 
 use std::ffi::OsString;
 use std::net::SocketAddr;
@@ -158,7 +160,7 @@ pub fn run(settings: &Settings, above: &Above, runtime: &Handle) -> anyhow::Resu
         api.set_ready(false);
         notify.say("STOPPING=1");
         drop(stop);
-        if settings.daemon.keep_mounts && host.leave() {
+        if settings.daemon.keep_mounts && leave(&host).await {
             tokio::time::timeout(LAST_ANSWERS, answering).await.ok();
             // What it shows would be taken away with it.
             std::mem::forget(shown);
@@ -178,11 +180,22 @@ pub fn run(settings: &Settings, above: &Above, runtime: &Handle) -> anyhow::Resu
         }
         anyhow::Ok(Ended::Over)
     });
-    if matches!(ended, Ok(Ended::Left)) {
+    // A start that fails is no reason to end what a daemon before this one has left.
+    let left = match &ended {
+        Ok(ended) => *ended == Ended::Left,
+        Err(_) => host.leave(),
+    };
+    if left {
         // Its mounts would be taken away with it.
         std::mem::forget(host);
     }
     ended
+}
+
+/// [`Host::leave`], on a thread that may wait.
+async fn leave(host: &Arc<Host>) -> bool {
+    let host = Arc::clone(host);
+    tokio::task::spawn_blocking(move || host.leave()).await.unwrap_or(false)
 }
 
 /// The connection of a daemon before this one, if it was kept and can be used.

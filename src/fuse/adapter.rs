@@ -7,7 +7,7 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::panic::{self, AssertUnwindSafe};
 use std::path::Path;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use fuser::{
@@ -22,7 +22,7 @@ use super::errno::Failure;
 use super::requests::{
     GetAttr, GetXattr, ListXattr, Lookup, Lseek, Read, ReadDir, ReadDirPlus, ReadLink, Refuse, Request,
 };
-use super::tickets::{Deadlines, Ticket, Verdict};
+use super::tickets::{Deadlines, Redeemer, Ticket, Verdict};
 use crate::vfs::{self, FileSystem, Missing};
 
 /// How often one request may meet absent bytes. A read of 1 MiB touches 256 blocks and as many entries of a chunk
@@ -44,12 +44,9 @@ pub(super) struct Connection<F> {
     pub(super) counting: Counting,
     /// The kernel's number of the first request that came.
     pub(super) first: OnceLock<u64>,
-    /// What was asked of files that are not there yet; none if everything is.
-    pub(super) early: Mutex<Option<Vec<Early>>>,
+    /// Those who asked for files that are not there yet; none if everything is.
+    pub(super) early: Mutex<Option<Vec<Redeemer>>>,
 }
-
-/// Goes on with a request that came too early.
-pub(super) type Early = Box<dyn FnOnce() + Send>;
 
 /// A request on its way to an answer.
 struct Parcel<Q: Request> {
@@ -60,6 +57,8 @@ struct Parcel<Q: Request> {
     /// How often it met absent bytes, and when that was first.
     rounds: u32,
     since: Option<Instant>,
+    /// It failed though everything was there that should be.
+    is_told: bool,
 }
 
 impl<F: FileSystem> Connection<F> {
@@ -67,7 +66,7 @@ impl<F: FileSystem> Connection<F> {
     fn handle<Q: Request>(self: &Arc<Self>, caller: &Caller, request: Q, reply: Q::Reply) {
         self.met(caller);
         self.counting.count(Q::KIND);
-        self.go_on(Parcel { request, reply, caller: caller.pid(), rounds: 0, since: None });
+        self.go_on(Parcel { request, reply, caller: caller.pid(), rounds: 0, since: None, is_told: false });
     }
 
     fn met(&self, caller: &Caller) {
@@ -91,40 +90,65 @@ impl<F: FileSystem> Connection<F> {
     /// Attempts a request again and again, as long as what it lacks comes at once.
     fn rounds<Q: Request>(self: &Arc<Self>, mut parcel: Parcel<Q>) {
         loop {
-            let Parcel { request, reply, caller, rounds, since } = parcel;
+            let Parcel { request, reply, caller, rounds, since, is_told } = parcel;
             let (reply, missing) = match request.attempt(&self.fs, reply) {
                 Ok(()) => return,
                 Err((reply, Failure::Vfs(vfs::Error::Absent { layer, device, range }))) => {
                     (reply, Missing { layer, device, range })
                 }
                 Err((reply, failure @ (Failure::NoName | Failure::Vfs(vfs::Error::NoSuchInode(_))))) => {
-                    let parcel = Parcel { request, reply, caller, rounds, since };
-                    let Some(Parcel { request, reply, .. }) = self.put_off(parcel) else { return };
-                    return self.refuse::<Q>(&request, reply, &failure);
+                    return self.put_off(Parcel { request, reply, caller, rounds, since, is_told }, failure);
                 }
                 Err((reply, failure)) => return self.refuse::<Q>(&request, reply, &failure),
             };
             let since = since.unwrap_or_else(Instant::now);
-            let waiting = Parcel { request, reply, caller, rounds: rounds + 1, since: Some(since) };
+            let waiting = Parcel { request, reply, caller, rounds: rounds + 1, since: Some(since), is_told };
             let Some(next) = self.ask(waiting, missing, since + self.patience) else { return };
             parcel = next;
         }
     }
 
-    /// Lets a request wait until everything is there that should be; gives it back if that is so.
-    fn put_off<Q: Request>(self: &Arc<Self>, parcel: Parcel<Q>) -> Option<Parcel<Q>> {
-        let mut early = self.early.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(early) = early.as_mut() else { return Some(parcel) };
-        let connection = Arc::clone(self);
-        early.push(Box::new(move || connection.go_on(parcel)));
-        None
+    /// Lets a request that fails wait until everything is there that should be, and tries it again then; refuses it if that
+    /// is so, or if it waits for too long.
+    fn put_off<Q: Request>(self: &Arc<Self>, mut parcel: Parcel<Q>, failure: Failure) {
+        let (ticket, redeemer) = Ticket::new();
+        let is_early = self.early().as_mut().map(|early| early.push(redeemer)).is_some();
+        if !is_early {
+            if parcel.is_told {
+                return self.refuse::<Q>(&parcel.request, parcel.reply, &failure);
+            }
+            // It may have come since it was looked for.
+            parcel.is_told = true;
+            return self.go_on(parcel);
+        }
+        let since = parcel.since.unwrap_or_else(Instant::now);
+        let watch = self.deadlines.watch(&ticket, parcel.caller, since + self.patience);
+        let decide = |connection: &Arc<Self>, parcel: Parcel<Q>, failure: &Failure, verdict| match verdict {
+            Verdict::Arrived => connection.go_on(parcel),
+            _ => connection.refuse::<Q>(&parcel.request, parcel.reply, failure),
+        };
+        let early = ticket.park((parcel, failure, watch), |(parcel, failure, watch)| {
+            let connection = Arc::clone(self);
+            Box::new(move |verdict| {
+                drop(watch);
+                decide(&connection, parcel, &failure, verdict);
+            })
+        });
+        if let Some((verdict, (parcel, failure, watch))) = early {
+            drop(watch);
+            decide(self, parcel, &failure, verdict);
+        }
+    }
+
+    fn early(&self) -> MutexGuard<'_, Option<Vec<Redeemer>>> {
+        self.early.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Everything is there: what is still not never will be.
     pub(super) fn is_complete(&self) {
         self.fs.is_complete();
-        let early = self.early.lock().unwrap_or_else(PoisonError::into_inner).take();
-        early.into_iter().flatten().for_each(|go_on| go_on());
+        let early = self.early().take();
+        early.into_iter().flatten().for_each(|redeemer| redeemer.redeem(Ok(())));
     }
 
     /// Asks for what a request lacks and lets it wait in a ticket. Gives it back if it can go on at once.

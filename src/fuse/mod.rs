@@ -109,6 +109,8 @@ pub struct Server {
     invalidations: Option<Arc<Invalidations>>,
     /// None when it is over: a connection that nobody serves must not be kept by this process.
     kept: Arc<Mutex<Option<Kept>>>,
+    /// It stays mounted when this is dropped: others have it in use, and somebody else may serve them.
+    is_spared: bool,
 }
 
 /// What can be asked of a connection without knowing where its bytes come from.
@@ -153,10 +155,10 @@ pub fn serve<F: FileSystem>(fs: F, mount_point: &Path, options: &ServeOptions) -
 
 /// Serves `fs` on a connection that is mounted already. If a process served it before, `fs` must get everything that was
 /// shown then, under the same numbers: the kernel goes on where it was. Who asks for a file that is not there yet waits for
-/// [`Server::is_complete`].
+/// [`Server::is_complete`], at most for the patience of `options`.
 ///
 /// # Errors
-/// See [`ServeError`]; nothing is mounted then.
+/// See [`ServeError`]; nothing is mounted then, but for a connection that was served before, which is left as it was.
 pub fn serve_link<F: FileSystem>(fs: F, link: Link, options: &ServeOptions) -> Result<Server, ServeError> {
     let mount_point = link.mount_point().to_owned();
     let end = Arc::new(End::default());
@@ -167,6 +169,7 @@ pub fn serve_link<F: FileSystem>(fs: F, link: Link, options: &ServeOptions) -> R
         connection: None,
         invalidations: None,
         kept: Arc::default(),
+        is_spared: link.was_served(),
     };
     let failed = |source| ServeError::Session { mount_point: mount_point.clone(), source };
     let deadlines = Deadlines::start().map_err(failed)?;
@@ -206,6 +209,7 @@ pub fn serve_link<F: FileSystem>(fs: F, link: Link, options: &ServeOptions) -> R
         let error: &dyn std::error::Error = &error;
         tracing::debug!(error, "reading ahead stays at the kernel's default");
     }
+    server.is_spared = false;
     Ok(server)
 }
 
@@ -301,7 +305,9 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        if let Err(error) = self.unmount(Unmount::Lazy) {
+        if !self.is_spared
+            && let Err(error) = self.unmount(Unmount::Lazy)
+        {
             let error: &dyn std::error::Error = &error;
             tracing::warn!(error, "the mount stays behind");
         }

@@ -39,10 +39,6 @@ use crate::vfs::{Forest, Layer, LayerSlot, SnapshotSlot};
 /// which is worse than some ten kilobytes of tables for each.
 const REMEMBERED: usize = 16;
 
-/// How long those wait at most who ask for something that a daemon before this one showed. It is listed again from what is on
-/// this machine.
-const RESTORING: Duration = Duration::from_secs(30);
-
 /// The connection. Dropped, it is taken away, and those who have files open keep what is local of them.
 pub struct Grove {
     place: PathBuf,
@@ -116,10 +112,10 @@ impl Grove {
     }
 
     /// The same on a connection that a process before this one served, if there is one: what it showed has to be listed again
-    /// under the same numbers, and until [`Grove::is_complete`] those who ask for it wait.
+    /// under the same numbers, and until [`Grove::is_complete`] those who ask for it wait, for as long as `patience`.
     ///
     /// # Errors
-    /// The kernel refuses, or this user may not.
+    /// The kernel refuses, or this user may not. What was served before is left as it was.
     pub fn plant_on(
         place: &Path,
         patience: Duration,
@@ -144,7 +140,7 @@ impl Grove {
         let place = server.mount_point().to_owned();
         let (next, directory) = (AtomicU32::new(MAX_SNAPSHOT_SLOT + 1), MountDirectory(place.clone()));
         let table = Mutex::default();
-        let grove = Arc::new(Self {
+        Ok(Arc::new(Self {
             place,
             forest,
             server,
@@ -155,24 +151,17 @@ impl Grove {
             next,
             table,
             directory,
-        });
-        if taken_over {
-            // Nobody waits for ever for what does not come back.
-            let weak = Arc::downgrade(&grove);
-            let end = move || {
-                thread::sleep(RESTORING);
-                if let Some(grove) = weak.upgrade() {
-                    grove.is_complete();
-                }
-            };
-            thread::Builder::new().name("grove-complete".into()).spawn(end).context("cannot start a thread")?;
-        }
-        Ok(grove)
+        }))
     }
 
     /// True if a process before this one served the connection.
     pub const fn was_taken_over(&self) -> bool {
         self.taken_over
+    }
+
+    /// True while what a process before this one showed is not yet all listed again.
+    pub fn is_restoring(&self) -> bool {
+        self.taken_over && !self.complete.load(Ordering::Acquire)
     }
 
     /// Says that what a process before this one showed is listed again, as far as it ever will be.

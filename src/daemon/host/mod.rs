@@ -31,7 +31,7 @@ use super::place::Place;
 use super::recorder::{self, WrittenMount};
 use crate::chain::LayerSlot;
 use crate::control::MountRecord;
-use crate::drivers::Wanted;
+use crate::drivers::{RunDirectory, Wanted};
 use crate::fetch::{Counters, LayerImage};
 use crate::fuse;
 use crate::oci::{Platform, Reference};
@@ -130,11 +130,21 @@ pub struct Host {
 #[derive(Debug, Default)]
 struct Table {
     next: u64,
-    /// Nothing is mounted any more.
-    closed: bool,
+    doors: Doors,
     mounts: BTreeMap<u64, Arc<Mounted>>,
     /// What the layers of mounts that are gone have cost.
     retired: Counters,
+}
+
+/// Whether anything is mounted any more.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum Doors {
+    #[default]
+    Open,
+    /// Nothing, and what there is will be taken away.
+    Closed,
+    /// Nothing, and what there is stays for the next daemon, also what comes late.
+    Left,
 }
 
 impl Host {
@@ -150,26 +160,27 @@ impl Host {
         sweep(&settings.root);
         let mut daemon = daemon;
         let link = daemon.as_mut().and_then(|seat| seat.link.take());
-        let grove = match &daemon {
-            None => Err(None),
+        let records = Mounts::open(&settings.root)?;
+        // The connection comes last: behind what may fail, because it may be one that others have in use.
+        let (grove, shelf) = match &daemon {
+            None => (Err(None), Shelf::of_process(settings, runtime.clone())),
             Some(_) if !rustix::process::geteuid().is_root() => {
-                Err(Some("only root binds mounts: it has a connection of its own".to_owned()))
+                let why = "only root binds mounts: it has a connection of its own".to_owned();
+                (Err(Some(why)), Shelf::of_process(settings, runtime.clone()))
             }
             Some(seat) => {
+                let run = RunDirectory::claim(&settings.run)?;
                 let place = seat.place.file_system();
                 let grove = Grove::plant_on(&place, settings.fetch.deadline, "headstart", link)?;
                 seat.keep(&grove);
-                Ok(grove)
+                let shelf = Shelf::of_daemon(settings, runtime.clone(), run, &grove);
+                (Ok(grove), shelf)
             }
-        };
-        let shelf = match &grove {
-            Ok(grove) => Shelf::of_daemon(settings, runtime.clone(), &settings.run, grove)?,
-            Err(_) => Shelf::of_process(settings, runtime.clone()),
         };
         let host = Arc::new(Self {
             settings: settings.clone(),
             house,
-            records: Mounts::open(&settings.root)?,
+            records,
             shelf,
             runtime,
             daemon,
@@ -425,15 +436,23 @@ impl Host {
     }
 
     /// Mounts no more, and leaves what there is to the next daemon. True if it can: the connection is kept beyond this
-    /// process, and there is something to be shown. From then on nothing may be dropped, and this process has to end.
+    /// process, and there is something to be shown. From then on nothing may be dropped, and this process has to end. Waits
+    /// for another process.
     pub fn leave(&self) -> bool {
         let (Ok(grove), Some(seat)) = (&self.grove, &self.daemon) else { return false };
-        let keeps = seat.keeper.as_ref().is_some_and(Keeper::keeps);
-        let leaves = keeps && grove.kept().is_some() && (grove.shows_anything() || !self.mounts().is_empty());
-        if leaves {
-            self.table().closed = true;
+        let Some(keeper) = seat.keeper.as_ref().filter(|keeper| keeper.keeps()) else { return false };
+        // What a daemon before this one showed may not be listed again yet.
+        if !grove.shows_anything() && !grove.is_restoring() && self.mounts().is_empty() {
+            return false;
         }
-        leaves
+        let kept = grove.kept();
+        let Some(kept) = kept.as_ref() else { return false };
+        self.table().doors = Doors::Left;
+        if let Err(error) = keeper.leave(kept) {
+            let error: &dyn std::error::Error = &error;
+            tracing::warn!(error, "mounts that are left end if the service is stopped and not restarted");
+        }
+        true
     }
 
     /// When all that is to be brought back is: takes away what a daemon before this one left besides, and forgets what it
@@ -456,7 +475,11 @@ impl Host {
     fn enter(self: &Arc<Self>, mounted: &Arc<Mounted>) -> anyhow::Result<()> {
         let number = {
             let mut table = self.table();
-            anyhow::ensure!(!table.closed, Closed);
+            if table.doors == Doors::Left {
+                // Recorded it is. Dropped, it would be taken away.
+                std::mem::forget(Arc::clone(mounted));
+            }
+            anyhow::ensure!(table.doors == Doors::Open, Closed);
             let number = table.next;
             table.next += 1;
             table.mounts.insert(number, Arc::clone(mounted));
@@ -551,7 +574,7 @@ impl Host {
     /// files open for as long as `patience`.
     pub async fn shut_down(self: &Arc<Self>, patience: Duration) {
         let host = Arc::clone(self);
-        self.table().closed = true;
+        self.table().doors = Doors::Closed;
         let taking = self.runtime.spawn_blocking(move || {
             let mounts = host.mounts();
             // The process of a single mount has no successor.

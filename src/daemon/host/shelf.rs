@@ -145,18 +145,10 @@ pub(super) fn run_directories(root: &Path) -> PathBuf {
 
 impl Shelf {
     /// The shelf of the daemon, which mounts in `run` and shows lazy layers in `grove`.
-    ///
-    /// # Errors
-    /// The directory cannot be used.
-    pub(super) fn of_daemon(
-        settings: &Settings,
-        runtime: Handle,
-        run: &Path,
-        grove: &Arc<Grove>,
-    ) -> anyhow::Result<Arc<Self>> {
-        let mounts = KernelMounts::new(RunDirectory::claim(run)?, patience(settings), DIRECT_IO);
+    pub(super) fn of_daemon(settings: &Settings, runtime: Handle, run: RunDirectory, grove: &Arc<Grove>) -> Arc<Self> {
+        let mounts = KernelMounts::new(run, patience(settings), DIRECT_IO);
         let place = Place::Kept(Arc::new(Ground { mounts, files: Files::Common(Arc::clone(grove)) }));
-        Ok(Self::new(settings, runtime, place))
+        Self::new(settings, runtime, place)
     }
 
     /// The shelf of another process of the root, or of a daemon that may not mount.

@@ -114,13 +114,16 @@ pub fn mounted_on(path: &Path) -> io::Result<Option<MountEntry>> {
     Ok(mount_table()?.into_iter().rev().find(|entry| entry.mount_point == path))
 }
 
+/// What the mount table shows as the source of mounts of this program, if not a word that begins with this and a colon.
+pub const NAME: &str = "headstart";
+
 /// True if the topmost mount on exactly `path` was made by this program, living or dead.
 ///
 /// # Errors
 /// `/proc` could not be read.
 pub fn is_ours(path: &Path) -> Result<bool, MountError> {
     let top = mounted_on(path).map_err(|error| MountError::system("read mounts for", path, error))?;
-    let by_name = |source: &OsStr| source == "headstart" || source.as_bytes().starts_with(b"headstart:");
+    let by_name = |source: &OsStr| source == NAME || source.as_bytes().starts_with(b"headstart:");
     Ok(top.is_some_and(|found| found.kind == super::fuse::MOUNT_KIND || by_name(&found.source)))
 }
 
@@ -258,11 +261,11 @@ pub fn writable_layer(dir: &Path) -> Result<(PathBuf, PathBuf), MountError> {
 /// stays when the mount is gone, so that the next one shows the same changes.
 ///
 /// The overlay holds what is mounted on `lower` by itself: `lower` may be unmounted while the overlay is in use, and
-/// what was mounted there ends with the overlay.
+/// what was mounted there ends with the overlay. The mount table shows `source`.
 ///
 /// # Errors
 /// See [`MountError`].
-pub fn mount_writable(lower: &Path, dir: &Path, target: &Path) -> Result<(), MountError> {
+pub fn mount_writable(source: &str, lower: &Path, dir: &Path, target: &Path) -> Result<(), MountError> {
     let (upper, work) = writable_layer(dir)?;
     let mut options = b"lowerdir=".to_vec();
     options.extend(escape_option(lower.as_os_str()));
@@ -272,7 +275,7 @@ pub fn mount_writable(lower: &Path, dir: &Path, target: &Path) -> Result<(), Mou
     }
     let options = CString::new(options)
         .map_err(|error| MountError::system("mount overlay with upper directory", dir, io::Error::from(error)))?;
-    rustix::mount::mount("headstart", target, "overlay", MountFlags::empty(), options.as_c_str())
+    rustix::mount::mount(source, target, "overlay", MountFlags::empty(), options.as_c_str())
         .map_err(|errno| MountError::system("mount a writable overlay on", target, errno))
 }
 

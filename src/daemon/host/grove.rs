@@ -199,6 +199,13 @@ impl Grove {
         (entry.major, entry.minor) == self.number
     }
 
+    /// The source of overlays on images that it shows. With the number of the connection, which no other one has while the
+    /// overlay is there: the mount table does not tell what is below.
+    fn overlay_source(&self) -> String {
+        let (major, minor) = self.number;
+        format!("{}:fs:{major}:{minor}", mount::NAME)
+    }
+
     fn table(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -337,19 +344,16 @@ pub(super) struct Bound {
     _listed: Box<dyn fmt::Debug + Send + Sync>,
 }
 
-/// The source of overlays on an image that FUSE shows.
-const OVERLAY: &str = "headstart";
-
 /// Mounts a listed image on `mount_point`, below the writable layer `upper` if there is one.
 ///
 /// # Errors
 /// The kernel refuses.
 pub(super) fn bind(planted: Planted, mount_point: &Path, upper: Option<&Path>, watch: &Watch) -> anyhow::Result<Bound> {
-    match upper {
+    let source = upper.map(|_| planted.grove.overlay_source());
+    match upper.zip(source.as_deref()) {
         None => mount_bind(&planted.directory(), mount_point)?,
-        Some(upper) => mount::mount_writable(&planted.directory(), upper, mount_point)?,
+        Some((upper, source)) => mount::mount_writable(source, &planted.directory(), upper, mount_point)?,
     }
-    let source = upper.map(|_| OVERLAY);
     match watch_over(Box::new(planted), Driver { name: "fuse", why: None }, mount_point, source, watch) {
         Ok(bound) => Ok(bound),
         Err(error) => {
@@ -368,10 +372,10 @@ pub(super) fn watch_over(
     listed: Box<dyn fmt::Debug + Send + Sync>,
     driver: Driver,
     mount_point: &Path,
-    source: Option<&str>,
+    source: Option<String>,
     watch: &Watch,
 ) -> anyhow::Result<Bound> {
-    let (place, source) = (mount_point.to_owned(), source.map(str::to_owned));
+    let place = mount_point.to_owned();
     let is_it = move |entry: &MountEntry| {
         let kind = match &source {
             Some(source) => entry.source == source.as_str(),
@@ -385,7 +389,8 @@ pub(super) fn watch_over(
     Ok(Bound { driver, mount_point: mount_point.to_owned(), over, taken, watch: watch.clone(), _listed: listed })
 }
 
-/// The source of an overlay on an image that FUSE shows, or none for the image alone, if that is what is on `mount_point`.
+/// The source of an overlay on an image that the connection shows, or none for the image alone, if that is what is on
+/// `mount_point`.
 ///
 /// # Errors
 /// The mount table cannot be read.
@@ -393,13 +398,13 @@ pub(super) fn bound_there(
     grove: &Grove,
     mount_point: &Path,
     writable: bool,
-) -> io::Result<Option<Option<&'static str>>> {
+) -> io::Result<Option<Option<String>>> {
     let Some(entry) = mount::mounted_on(mount_point)? else { return Ok(None) };
-    // What is below an overlay the table does not tell.
-    Ok(match writable {
-        true => (entry.source == OVERLAY).then_some(Some(OVERLAY)),
-        false => grove.shows(&entry).then_some(None),
-    })
+    if !writable {
+        return Ok(grove.shows(&entry).then_some(None));
+    }
+    let source = grove.overlay_source();
+    Ok((entry.source == source.as_str()).then_some(Some(source)))
 }
 
 impl Shown for Bound {

@@ -370,14 +370,14 @@ impl Host {
 
     /// What a daemon before this one shows on the mount point of `record`, if its connection was taken over: the source of the
     /// overlay on it, if it is one. What the kernel shows is taken up in another way.
-    fn still_shown(&self, record: &MountRecord) -> anyhow::Result<Option<Option<&'static str>>> {
+    fn still_shown(&self, record: &MountRecord) -> anyhow::Result<Option<Option<String>>> {
         let grove = self.grove.as_ref().ok().filter(|grove| grove.was_taken_over() && record.driver == "fuse");
         let there = grove.map(|grove| grove::bound_there(grove, &record.mount_point, record.upper.is_some()));
         Ok(there.transpose()?.flatten())
     }
 
     /// Goes on with a mount that is there: lists again what it reads, under the numbers that it knows.
-    async fn take_up(self: &Arc<Self>, record: &MountRecord, source: Option<&'static str>) -> anyhow::Result<()> {
+    async fn take_up(self: &Arc<Self>, record: &MountRecord, source: Option<String>) -> anyhow::Result<()> {
         let reference: Reference = record.image.parse()?;
         let documents = self.house.kept_documents(&reference, record.manifest).await?;
         let image = self.house.bring_image(documents, None).await?;
@@ -401,7 +401,7 @@ impl Host {
         image: &OpenImage,
         layers: Vec<Layer<Lazy>>,
         record: &MountRecord,
-        source: Option<&str>,
+        source: Option<String>,
     ) -> anyhow::Result<(WrittenMount, Box<dyn Shown>)> {
         let grove = self.grove.as_ref().ok().context("there is no connection")?;
         let written = WrittenMount::new(&self.house, image, &record.mount_point)?.context("nothing is written down")?;

@@ -90,7 +90,7 @@ pub(super) fn own_connection(
         Some(upper) => {
             let lower = claim.lower()?;
             let server = fuse::serve(file_system, &lower, &options)?;
-            mount::mount_writable(server.mount_point(), upper, &request.mount_point)?;
+            mount::mount_writable(mount::NAME, server.mount_point(), upper, &request.mount_point)?;
             // The overlay keeps the image alive; without a mount of its own it ends with the overlay, whoever ends that.
             server.unmount(Unmount::Lazy)?;
             server

@@ -461,13 +461,14 @@ impl Host {
     /// # Errors
     /// The mounts of this root cannot be looked at.
     pub fn settle(&self) -> anyhow::Result<()> {
-        let targets = self.mounts().iter().map(|mounted| mounted.record().mount_point.clone()).collect();
-        self.shelf.settle(&targets);
-        let Some(records) = self.house.snapshots() else { return Ok(()) };
+        // What could not be brought back stays as it is, recorded and told: the kernel may show it without any process.
         let mut known: BTreeSet<PathBuf> =
             Mounts::look(&self.settings.root)?.into_iter().map(|entry| entry.record.mount_point).collect();
-        known.extend(targets);
-        recorder::forget_other_mounts(records, &known);
+        known.extend(self.mounts().iter().map(|mounted| mounted.record().mount_point.clone()));
+        self.shelf.settle(&known);
+        if let Some(records) = self.house.snapshots() {
+            recorder::forget_other_mounts(records, &known);
+        }
         Ok(())
     }
 

@@ -145,7 +145,8 @@ impl KernelMounts {
         Ok(top.is_some_and(|top| top.kind == "overlay" && top.source == self.0.run.source()))
     }
 
-    /// Takes away what an owner before this one left and nobody has taken up; `targets` are the stacks that somebody has.
+    /// Takes away what an owner before this one left and nobody has taken up; `targets` are the stacks that somebody has or that
+    /// are to stay.
     pub fn settle(&self, targets: &BTreeSet<PathBuf>) {
         self.0.manner.adopts.store(false, Ordering::Relaxed);
         let table = mount_table().unwrap_or_default();

@@ -86,6 +86,11 @@ impl Ground {
     pub(super) fn stays(&self) -> bool {
         matches!(self.files, Files::Common(_))
     }
+
+    /// True while the connection was taken over and does not yet show everything again.
+    fn is_restoring(&self) -> bool {
+        matches!(&self.files, Files::Common(grove) if grove.is_restoring())
+    }
 }
 
 /// Where lazily filled files are.
@@ -229,7 +234,12 @@ impl Shelf {
         let id = layer_id(layer);
         let number = self.number(&id, slot);
         let (lazy, local, listed) = match layer.local() {
-            Some(local) => (None, Some(local.image), None),
+            Some(local) => {
+                // The kernel may still wait for what it asked a daemon before this one, and does not take another file before it
+                // has that.
+                let listed = ground.is_restoring().then(|| self.list(&ground, layer, number)).transpose()?;
+                (None, Some(local.image), listed)
+            }
             None => {
                 let listed = self.list(&ground, layer, number)?;
                 (Some(listed.file()), None, Some(listed))

@@ -24,7 +24,7 @@ use headstart::vfs::{Forest, LayerSlot, SnapshotSlot, open_layers};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::cli::stage::{Registry, Stage, tar};
+use crate::cli::stage::{Registry, Stage, noise, tar, wait_until};
 use crate::daemon::Daemon;
 use crate::drivers::{Readers, contents, eventually, layer_of};
 
@@ -434,29 +434,180 @@ fn what_a_daemon_has_left_is_told_as_what_it_is() {
     stage.assert_clean();
 }
 
+/// What a service manager with a store hears.
+struct Manager {
+    path: PathBuf,
+    socket: UnixDatagram,
+}
+
+impl Manager {
+    fn new(stage: &Stage) -> Self {
+        let path = stage.path("notify");
+        let socket = UnixDatagram::bind(&path).unwrap();
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        Self { path, socket }
+    }
+
+    fn runs(&self, command: &mut Command) {
+        command.env("NOTIFY_SOCKET", &self.path).env("FDSTORE", "4");
+    }
+
+    /// The next descriptors that come.
+    fn stored(&self) -> Vec<OwnedFd> {
+        loop {
+            let mut words = [0; 256];
+            let (length, descriptors) = receive(&self.socket, &mut words).unwrap();
+            if !descriptors.is_empty() {
+                assert_eq!(&words[..length], b"FDSTORE=1\nFDNAME=headstart-fs\nFDPOLL=0");
+                return descriptors;
+            }
+        }
+    }
+}
+
+#[test]
+fn a_service_that_is_stopped_leaves_its_mounts_for_a_while() {
+    let stage = stage_that_keeps();
+    let manager = Manager::new(&stage);
+    let daemon = Daemon::start_with(&stage, |command| manager.runs(command));
+    let store = manager.stored();
+    let (_registry, points) = mounted_twice(&stage);
+    let readers = points.each_ref().map(|point| Readers::start(point, &all_files(), 1));
+    readers.iter().for_each(|readers| readers.wait_for(20));
+    let log = daemon.end();
+    assert!(log.contains("mounts stay for the next daemon"), "{log}");
+    // This is what a manager does that does not restart it.
+    drop(store);
+    let daemon = Daemon::start_with(&stage, |command| manager.runs(command));
+    assert!(daemon.log().contains("is taken over"), "{}", daemon.log());
+    drop(manager.stored());
+    wait_until("the process that bridged the time ends", || !stage.path("run/hold.sock").exists());
+    readers.iter().for_each(|readers| readers.wait_for(40));
+    for readers in readers {
+        readers.finish();
+    }
+    for point in &points {
+        stage.ok(&["umount", point.to_str().unwrap()]);
+    }
+    daemon.end();
+    stage.assert_clean();
+}
+
+#[test]
+fn a_daemon_that_cannot_start_leaves_the_connection_to_the_next() {
+    let stage = Stage::new();
+    let daemon = Daemon::start(&stage);
+    let (registry, points) = mounted_twice(&stage);
+    let written = stage.make("written");
+    let upper = stage.path("upper");
+    let (written_point, upper) = (written.to_str().unwrap(), upper.to_str().unwrap());
+    stage.ok(&["mount", "--driver", "fuse", "--upper", upper, &registry.image(), written_point]);
+    fs::write(written.join("new"), "new").unwrap();
+    let open = fs::File::open(written.join("new")).unwrap();
+    let readers = points.each_ref().map(|point| Readers::start(point, &all_files(), 1));
+    readers.iter().for_each(|readers| readers.wait_for(20));
+    daemon.kill();
+
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let config = stage.path("config.toml");
+    let text = fs::read_to_string(&config).unwrap();
+    assert!(text.trim_end().ends_with("keep_mounts = false"), "{text}");
+    fs::write(&config, format!("{text}metrics_listen = '{}'\n", taken.local_addr().unwrap())).unwrap();
+    let (_, words) = stage.fails(&["daemon"]);
+    assert!(words.contains("is taken over") && words.contains("cannot listen for metrics"), "{words}");
+    fs::write(&config, text).unwrap();
+
+    let daemon = Daemon::start(&stage);
+    assert!(daemon.log().contains("is taken over"), "{}", daemon.log());
+    readers.iter().for_each(|readers| readers.wait_for(40));
+    for readers in readers {
+        readers.finish();
+    }
+    let device = |metadata: fs::Metadata| std::os::unix::fs::MetadataExt::dev(&metadata);
+    let same = device(open.metadata().unwrap()) == device(fs::metadata(written.join("new")).unwrap());
+    assert!(same, "mounted anew: {}", daemon.log());
+    let (name, content) = all_files().pop_first().unwrap();
+    assert!(fs::read(written.join(name)).unwrap() == content);
+    drop(open);
+    daemon.end();
+    stage.assert_clean();
+}
+
+#[test]
+fn a_keeper_that_is_killed_is_followed_by_another() {
+    let stage = Stage::new();
+    let daemon = Daemon::start(&stage);
+    let (_registry, points) = mounted_twice(&stage);
+    let readers = points.each_ref().map(|point| Readers::start(point, &all_files(), 1));
+    let keeper = holder(&stage).unwrap();
+    kill_process(keeper, Signal::KILL).unwrap();
+    wait_until("another keeper", || {
+        daemon.log().contains("is there again") && holder(&stage).is_some_and(|other| other != keeper)
+    });
+    daemon.kill();
+    let daemon = Daemon::start(&stage);
+    assert!(daemon.log().contains("is taken over"), "{}", daemon.log());
+    readers.iter().for_each(|readers| readers.wait_for(40));
+    for readers in readers {
+        readers.finish();
+    }
+    daemon.end();
+    wait_until("the keeper ends with what it keeps", || holder(&stage).is_none());
+    stage.assert_clean();
+}
+
+#[test]
+fn a_layer_that_became_local_while_nobody_served_is_handed_over_under_its_readers() {
+    let stage = Stage::new();
+    let content = noise(31, 6 << 20);
+    let (_, converted) = stage.images(&[tar(&[("large", &content)])]);
+    let registry = stage.serve(&converted, &[]);
+    let mnt = stage.make("mnt");
+    let daemon = Daemon::start(&stage);
+    stage.ok(&["mount", "--driver", "kernel", &registry.image(), mnt.to_str().unwrap()]);
+    registry.pause();
+    let (say, said) = std::sync::mpsc::channel();
+    let path = mnt.join("large");
+    let reader = thread::spawn(move || {
+        say.send(fs::read_link("/proc/thread-self").unwrap()).unwrap();
+        fs::read(path)
+    });
+    let waiting = Path::new("/proc").join(said.recv().unwrap()).join("stat");
+    // Uninterruptible, again and again: it waits for the device.
+    let seen = std::cell::Cell::new(0);
+    wait_until("somebody reads what does not come", || {
+        let waits = fs::read_to_string(&waiting).unwrap().rsplit(") ").next().unwrap().starts_with('D');
+        seen.set(if waits { seen.get() + 1 } else { 0 });
+        seen.get() == 20
+    });
+    daemon.kill();
+    registry.go_on();
+    stage.ok(&["pull", &registry.image()]);
+    drop(registry);
+    let daemon = Daemon::start(&stage);
+    let read = reader.join().unwrap().unwrap_or_else(|error| panic!("{error}: {}", daemon.log()));
+    assert!(read == content, "wrong bytes");
+    assert_eq!(stage.status()[0]["driver"], "local", "{}", daemon.log());
+    stage.ok(&["umount", mnt.to_str().unwrap()]);
+    daemon.end();
+    stage.assert_clean();
+}
+
 #[test]
 fn the_service_manager_keeps_the_connection() {
     // What is passed on begins at 3; the number of the process is known when it runs.
     const PASS_ON: &str = "exec 3<&0 4<&1 </dev/null >/dev/null; export LISTEN_PID=$$ LISTEN_FDS=2 \
                            LISTEN_FDNAMES=headstart-fs:headstart-fs; exec \"$@\"";
     let stage = Stage::new();
-    let path = stage.path("notify");
-    let manager = UnixDatagram::bind(&path).unwrap();
-    manager.set_read_timeout(Some(PATIENCE)).unwrap();
-    // Until something comes with descriptors.
-    let stored = || loop {
-        let mut words = [0; 256];
-        let (length, descriptors) = receive(&manager, &mut words).unwrap();
-        if !descriptors.is_empty() {
-            assert_eq!(&words[..length], b"FDSTORE=1\nFDNAME=headstart-fs\nFDPOLL=0");
-            return descriptors;
-        }
+    let manager = Manager::new(&stage);
+    let daemon = Daemon::start_with(&stage, |command| manager.runs(command));
+    let mut store = manager.stored();
+    // Systemd knows by the file whether it has something already.
+    let files = |store: &[OwnedFd]| {
+        let file = |descriptor: &OwnedFd| rustix::fs::fstat(descriptor).map(|stat| (stat.st_dev, stat.st_ino)).unwrap();
+        store.iter().map(file).collect::<Vec<_>>()
     };
-    let managed = |command: &mut Command| {
-        command.env("NOTIFY_SOCKET", &path).env("FDSTORE", "8");
-    };
-    let daemon = Daemon::start_with(&stage, managed);
-    let mut store = stored();
+    let first = files(&store);
     assert!(!stage.path("run/hold.sock").exists(), "two keep what one is enough for");
     let (_registry, points) = mounted_twice(&stage);
     let readers = points.each_ref().map(|point| Readers::start(point, &all_files(), 1));
@@ -465,7 +616,7 @@ fn the_service_manager_keeps_the_connection() {
         readers.iter().for_each(|readers| readers.wait_for(20));
         daemon.take().unwrap().kill();
         let next = Daemon::start_with(&stage, |command| {
-            managed(command);
+            manager.runs(command);
             let mut shell = Command::new("sh");
             shell.args(["-c", PASS_ON, "sh"]).arg(command.get_program()).args(command.get_args());
             for (name, value) in command.get_envs() {
@@ -478,7 +629,8 @@ fn the_service_manager_keeps_the_connection() {
             shell.stdin(one).stdout(other).stderr(Stdio::null());
             *command = shell;
         });
-        store = stored();
+        store = manager.stored();
+        assert_eq!(files(&store), first, "what is stored grows with every daemon");
         daemon = Some(next);
     }
     readers.iter().for_each(|readers| readers.wait_for(40));

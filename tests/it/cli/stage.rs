@@ -12,6 +12,7 @@ use headstart::tar::decompress::Compression;
 use headstart::testkit::layouts::{TestLayer, TestLayout, write_layout};
 use headstart::testkit::tar::TarWriter;
 pub(crate) use headstart::testkit::waiting::wait_until;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -214,6 +215,15 @@ pub(crate) struct Request {
 impl Registry {
     pub(crate) fn image(&self) -> String {
         format!("{}/some/image:latest", self.address)
+    }
+
+    /// Answers nobody until [`Registry::go_on`].
+    pub(crate) fn pause(&self) {
+        kill_process(Pid::from_child(&self.child), Signal::STOP).unwrap();
+    }
+
+    pub(crate) fn go_on(&self) {
+        kill_process(Pid::from_child(&self.child), Signal::CONT).unwrap();
     }
 
     pub(crate) fn requests(&self) -> Vec<Request> {

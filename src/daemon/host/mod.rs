@@ -7,16 +7,18 @@
 //! Whoever waits for an image to open holds no thread. Nothing here looks into a mount of this process on a thread that
 //! serves one. Refuses to know how it was started and how it is asked.
 
+mod bounds;
 mod grove;
 mod kernel;
 mod lookout;
 mod mounted;
 mod shelf;
 mod shown;
+mod succession;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
@@ -26,9 +28,9 @@ use tokio::sync::watch;
 use super::config::Config as Settings;
 use super::image::{Documents, House, Lazy, OpenImage};
 use super::keeper::Keeper;
-use super::mounts::{Claim, Entry, Mounts};
+use super::mounts::{Claim, Mounts};
 use super::place::Place;
-use super::recorder::{self, WrittenMount};
+use super::recorder::WrittenMount;
 use crate::chain::LayerSlot;
 use crate::control::MountRecord;
 use crate::drivers::{RunDirectory, Wanted};
@@ -36,7 +38,7 @@ use crate::fetch::{Counters, LayerImage};
 use crate::fuse;
 use crate::oci::{Platform, Reference};
 use crate::snapshots::SnapshotsConfig;
-use crate::sys::mount::{self, MountError};
+use crate::sys::mount;
 use crate::unpack::{Fill, FillOptions, Persistence};
 use crate::vfs::{Layer, Vfs};
 
@@ -47,15 +49,6 @@ pub use kernel::{left_behind, sweep, take_away_left};
 pub use mounted::{Mounted, NeverLocal, layer_state};
 pub use shelf::{Shelf, ShelfDir, layer_id};
 pub use shown::{Driver, Shown};
-
-/// How often the size of the cache is looked at, which takes a look at each of its directories. Sooner if much has come
-/// since: this part of the quota, and not less than this many bytes.
-const LOOK_AT_CACHE: Duration = Duration::from_secs(60);
-const MUCH_OF_QUOTA: u64 = 16;
-const MUCH: u64 = 64 << 20;
-
-/// How often it is looked whether much has come.
-const LOOK_AT_WRITTEN: Duration = Duration::from_secs(1);
 
 /// What to mount where.
 #[derive(Debug, Clone)]
@@ -190,7 +183,7 @@ impl Host {
             table: Mutex::default(),
             count: watch::Sender::new(0),
         });
-        host.runtime.spawn(keep_in_bounds(Arc::downgrade(&host)));
+        host.runtime.spawn(bounds::keep_in_bounds(Arc::downgrade(&host)));
         Ok(host)
     }
 
@@ -336,82 +329,6 @@ impl Host {
         FillOptions { start_delay: self.settings.fill.start_delay, persistence: Persistence::Forever }
     }
 
-    /// Mounts again what a dead daemon had recorded as `entry`, from what was kept of the image. What cannot be mounted
-    /// stays recorded.
-    ///
-    /// # Errors
-    /// Anything on the way there.
-    pub async fn bring_back(self: &Arc<Self>, entry: &Entry) -> anyhow::Result<()> {
-        if let Some(source) = self.still_shown(&entry.record)? {
-            return self.take_up(&entry.record, source).await;
-        }
-        let record = entry.record.clone();
-        let (host, dead) = (Arc::clone(self), record.clone());
-        let clearing = self.runtime.spawn_blocking(move || {
-            let adopt = host.shelf.has_stack_on(&dead.mount_point)?;
-            if !adopt && mount::is_ours(&dead.mount_point)? {
-                mount::unmount(&dead.mount_point, mount::Unmount::Lazy)?;
-                sweep(&host.settings.root);
-            }
-            let claim = host.records.claim_dead(&dead.mount_point)?;
-            if !adopt {
-                mount::check_mount_point(&dead.mount_point)?;
-            }
-            anyhow::Ok((claim, adopt))
-        });
-        let (claim, adopt) = clearing.await.context("the thread that clears a mount point broke down")??;
-        let image: Reference = record.image.parse()?;
-        let documents = self.house.kept_documents(&image, record.manifest).await?;
-        let (mount_point, upper) = (record.mount_point, record.upper);
-        let (driver, fill) = (record.driver_wanted, !record.no_fill);
-        let request = MountRequest { image, platform: None, mount_point, upper, driver, fill };
-        self.mount_documents(claim, request, documents, adopt).await.map(drop)
-    }
-
-    /// What a daemon before this one shows on the mount point of `record`, if its connection was taken over: the source of the
-    /// overlay on it, if it is one. What the kernel shows is taken up in another way.
-    fn still_shown(&self, record: &MountRecord) -> anyhow::Result<Option<Option<String>>> {
-        let grove = self.grove.as_ref().ok().filter(|grove| grove.was_taken_over() && record.driver == "fuse");
-        let there = grove.map(|grove| grove::bound_there(grove, &record.mount_point, record.upper.is_some()));
-        Ok(there.transpose()?.flatten())
-    }
-
-    /// Goes on with a mount that is there: lists again what it reads, under the numbers that it knows.
-    async fn take_up(self: &Arc<Self>, record: &MountRecord, source: Option<String>) -> anyhow::Result<()> {
-        let reference: Reference = record.image.parse()?;
-        let documents = self.house.kept_documents(&reference, record.manifest).await?;
-        let image = self.house.bring_image(documents, None).await?;
-        let layers = image.open_stack().await?;
-        let (host, record) = (Arc::clone(self), record.clone());
-        let taking = self.runtime.spawn_blocking(move || {
-            let mut claim = host.records.claim_dead(&record.mount_point)?;
-            let (written, shown) = host.list_again(&image, layers, &record, source)?;
-            let driver = shown.driver().name.to_owned();
-            let record = MountRecord { pid: std::process::id(), driver, daemon: host.socket(), ..record };
-            claim.publish(&record)?;
-            let fills = !record.no_fill && host.settings.fill.enabled;
-            let fill = fills.then(|| Fill::start(&host.runtime, &image.layers, host.fill_options()));
-            host.enter(&Arc::new(Mounted::new(image, shown, record, (claim, Some(written)), fill)))
-        });
-        taking.await.context("the thread that takes a mount up broke down")?
-    }
-
-    fn list_again(
-        &self,
-        image: &OpenImage,
-        layers: Vec<Layer<Lazy>>,
-        record: &MountRecord,
-        source: Option<String>,
-    ) -> anyhow::Result<(WrittenMount, Box<dyn Shown>)> {
-        let grove = self.grove.as_ref().ok().context("there is no connection")?;
-        let written = WrittenMount::new(&self.house, image, &record.mount_point)?.context("nothing is written down")?;
-        let shoots = self.shoots(image, layers, &written.layer_slots(image));
-        let planted = Box::new(grove.grow(shoots, Some(written.slot().0))?);
-        let driver = Driver { name: "fuse", why: Some("taken over from the daemon before this one".to_owned()) };
-        let bound = grove::watch_over(planted, driver, &record.mount_point, source, &self.watch)?;
-        Ok((written, Box::new(bound)))
-    }
-
     /// The layers of a stack, to be listed under their numbers.
     fn shoots(&self, image: &OpenImage, layers: Vec<Layer<Lazy>>, slots: &[Option<LayerSlot>]) -> Vec<Shoot> {
         let numbers = slots.iter().copied().chain(std::iter::repeat(None));
@@ -423,53 +340,9 @@ impl Host {
         layers.into_iter().zip(image.stack()).zip(numbers).map(shoot).collect()
     }
 
-    /// Says that everything is back that a daemon before this one showed, as far as it ever will be.
-    pub fn is_complete(&self) {
-        if let Ok(grove) = &self.grove {
-            grove.is_complete();
-        }
-    }
-
     /// The daemon's control socket, if this is it.
     fn socket(&self) -> Option<PathBuf> {
         self.daemon.as_ref().map(|seat| seat.place.socket())
-    }
-
-    /// Mounts no more, and leaves what there is to the next daemon. True if it can: the connection is kept beyond this
-    /// process, and there is something to be shown. From then on nothing may be dropped, and this process has to end. Waits
-    /// for another process.
-    pub fn leave(&self) -> bool {
-        let (Ok(grove), Some(seat)) = (&self.grove, &self.daemon) else { return false };
-        let Some(keeper) = seat.keeper.as_ref().filter(|keeper| keeper.keeps()) else { return false };
-        // What a daemon before this one showed may not be listed again yet.
-        if !grove.shows_anything() && !grove.is_restoring() && self.mounts().is_empty() {
-            return false;
-        }
-        let kept = grove.kept();
-        let Some(kept) = kept.as_ref() else { return false };
-        self.table().doors = Doors::Left;
-        if let Err(error) = keeper.leave(kept) {
-            let error: &dyn std::error::Error = &error;
-            tracing::warn!(error, "mounts that are left end if the service is stopped and not restarted");
-        }
-        true
-    }
-
-    /// When all that is to be brought back is: takes away what a daemon before this one left besides, and forgets what it
-    /// wrote down of mounts that are there no more. Waits for the kernel and the disk.
-    ///
-    /// # Errors
-    /// The mounts of this root cannot be looked at.
-    pub fn settle(&self) -> anyhow::Result<()> {
-        // What could not be brought back stays as it is, recorded and told: the kernel may show it without any process.
-        let mut known: BTreeSet<PathBuf> =
-            Mounts::look(&self.settings.root)?.into_iter().map(|entry| entry.record.mount_point).collect();
-        known.extend(self.mounts().iter().map(|mounted| mounted.record().mount_point.clone()));
-        self.shelf.settle(&known);
-        if let Some(records) = self.house.snapshots() {
-            recorder::forget_other_mounts(records, &known);
-        }
-        Ok(())
     }
 
     /// Keeps `mounted` in the table until it is over.
@@ -570,81 +443,4 @@ impl Host {
         // The sender is ours, so it is not gone.
         self.count.subscribe().wait_for(|count| *count == 0).await.ok();
     }
-
-    /// Ends every mount, the latest first, and mounts no more. One that goes on by itself stays, if it may. One that is in use is taken away all the same, and served to those who have
-    /// files open for as long as `patience`.
-    pub async fn shut_down(self: &Arc<Self>, patience: Duration) {
-        let host = Arc::clone(self);
-        self.table().doors = Doors::Closed;
-        let taking = self.runtime.spawn_blocking(move || {
-            let mounts = host.mounts();
-            // The process of a single mount has no successor.
-            let keep = host.settings.daemon.keep_mounts && host.daemon.is_some();
-            let taken = mounts.iter().rev().filter(|mounted| !(keep && mounted.leave()));
-            taken.for_each(|mounted| take_away_at_the_end(mounted));
-            if keep {
-                // Who has been left is waited for by nobody.
-                host.table().mounts.retain(|_, mounted| !mounted.is_released());
-                host.tell_count();
-            }
-        });
-        if taking.await.is_err() {
-            tracing::error!("the thread that takes the mounts away broke down");
-        }
-        let deadline = Instant::now() + patience;
-        let mut served = tokio::time::timeout(patience, self.empty()).await.is_err();
-        if let Some(keeper) = self.daemon.as_ref().and_then(|seat| seat.keeper.as_ref()) {
-            keeper.forget();
-        }
-        if let Ok(grove) = &self.grove {
-            let grove = Arc::clone(grove);
-            let closing =
-                self.runtime.spawn_blocking(move || grove.close(deadline.saturating_duration_since(Instant::now())));
-            served |= !closing.await.unwrap_or(true);
-        }
-        if served {
-            tracing::warn!("files are still open: whoever reads them gets errors from now on");
-        }
-    }
-}
-
-/// Keeps the cache within its quota and the disk above its reserve, as long as the host is there.
-async fn keep_in_bounds(host: Weak<Host>) {
-    loop {
-        let Some(looking) = host.upgrade() else { return };
-        let goal = looking.settings.cache_goal();
-        let written = looking.house.store.bytes_written();
-        let evicting = tokio::task::spawn_blocking(move || {
-            if let Err(error) = looking.house.prune(&goal, false) {
-                let error: &dyn std::error::Error = &error;
-                tracing::warn!(error, "the cache is not kept within its bounds");
-            }
-        });
-        evicting.await.ok();
-        let (begin, much) = (Instant::now(), (goal.quota.unwrap_or(u64::MAX) / MUCH_OF_QUOTA).max(MUCH));
-        while begin.elapsed() < LOOK_AT_CACHE {
-            tokio::time::sleep(LOOK_AT_WRITTEN).await;
-            let Some(host) = host.upgrade() else { return };
-            if host.house.store.bytes_written().saturating_sub(written) >= much {
-                break;
-            }
-        }
-    }
-}
-
-fn take_away_at_the_end(mounted: &Mounted) {
-    let mount_point = mounted.record().mount_point.display();
-    let error = match mounted.take_away(mount::Unmount::Strict) {
-        Ok(()) => return,
-        Err(MountError::InUse(_)) => {
-            tracing::warn!(%mount_point, "the mount is in use: it is taken away, and ends when the last file is closed");
-            match mounted.take_away(mount::Unmount::Lazy) {
-                Ok(()) => return,
-                Err(error) => error,
-            }
-        }
-        Err(error) => error,
-    };
-    let error: &dyn std::error::Error = &error;
-    tracing::error!(%mount_point, error, "the mount stays behind");
 }

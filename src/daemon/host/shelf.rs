@@ -87,9 +87,20 @@ impl Ground {
         matches!(self.files, Files::Common(_))
     }
 
-    /// True while the connection was taken over and does not yet show everything again.
-    fn is_restoring(&self) -> bool {
-        matches!(&self.files, Files::Common(grove) if grove.is_restoring())
+    /// The connection, while it was taken over and does not yet show everything again.
+    fn restoring(&self) -> Option<&Arc<Grove>> {
+        match &self.files {
+            Files::Common(grove) => Some(grove).filter(|grove| grove.is_restoring()),
+            Files::Own(_) => None,
+        }
+    }
+
+    /// Ends the listing of a layer that its holder does not need, unless others may still read it from before.
+    fn is_not_read(&self, listed: Arc<Listed>) {
+        match self.restoring() {
+            Some(grove) => grove.was_listed(listed),
+            None => drop(listed),
+        }
     }
 }
 
@@ -236,9 +247,11 @@ impl Shelf {
         let (lazy, local, listed) = match layer.local() {
             Some(local) => {
                 // The kernel may still wait for what it asked a daemon before this one, and does not take another file before it
-                // has that.
-                let listed = ground.is_restoring().then(|| self.list(&ground, layer, number)).transpose()?;
-                (None, Some(local.image), listed)
+                // has that; and overlays may be stacked on what that one showed.
+                if ground.restoring().is_some() {
+                    ground.is_not_read(Arc::new(self.list(&ground, layer, number)?));
+                }
+                (None, Some(local.image), None)
             }
             None => {
                 let listed = self.list(&ground, layer, number)?;
@@ -247,10 +260,15 @@ impl Shelf {
         };
         let size = layer.local().map_or_else(|| layer.size(), |local| local.size);
         let held = ground.mounts.hold(&LayerBacking { number, id, size, lazy, local, tree: None })?;
+        let mut listed = listed.map(Arc::new);
         // It may have been mounted already, in another way.
-        let listed = listed.filter(|_| !matches!(held.report().backing, Backing::Local(_)));
+        if matches!(held.report().backing, Backing::Local(_))
+            && let Some(listed) = listed.take()
+        {
+            ground.is_not_read(listed);
+        }
         let (why, layer) = (why.to_owned(), Arc::clone(layer));
-        let listed = Mutex::new(listed.map(Arc::new));
+        let listed = Mutex::new(listed);
         let dir = ShelfDir(Arc::new(Held { held, driver, why, listed, ground, layer }));
         dir.wait_for_local();
         Ok(dir)
@@ -394,7 +412,9 @@ fn hand_over(held: &Weak<Held>, local: &LocalLayer) {
         let Some(held) = held.upgrade() else { return };
         let Err(error) = held.ground.mounts.hand_over(held.held.number(), &local.image) else {
             let listed = lock(&held.listed).take();
-            drop(listed);
+            if let Some(listed) = listed {
+                held.ground.is_not_read(listed);
+            }
             tracing::info!(layer = %local.diff_id, "the kernel reads the layer from its local file");
             return;
         };

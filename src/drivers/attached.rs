@@ -196,10 +196,12 @@ impl Attached {
         }
     }
 
-    /// Lets the kernel read the file at `path` from now on, which holds the same bytes. Of a layer that has no device nothing
-    /// changes.
+    /// Lets the kernel read the file at `path` from now on, which holds the same bytes. Of a layer that is mounted straight on
+    /// its complete file nothing changes.
     pub(super) fn exchange(&self, path: &Path, backing: Backing, direct_io: bool) -> Result<(), DriverError> {
-        let Some(device) = &self.device else { return Ok(()) };
+        let Some(device) = &self.device else {
+            return if backing == Backing::Lazy { Ok(()) } else { self.cover(path, backing) };
+        };
         let _one = self.exchange.lock().unwrap_or_else(PoisonError::into_inner);
         let failed = |source| DriverError::Loop { diff_id: self.id.diff_id, source };
         {
@@ -237,6 +239,32 @@ impl Attached {
         Ok(())
     }
 
+    /// Lets the kernel show the layer itself where somebody else did, above that: whoever has stacked on it goes on with that,
+    /// whoever comes now finds the kernel's. At no moment is there nothing.
+    fn cover(&self, path: &Path, backing: Backing) -> Result<(), DriverError> {
+        let _one = self.exchange.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.state().backing != Backing::Tree {
+            return Ok(());
+        }
+        let covered = path.canonicalize().map_err(DriverError::io("find", path)).and_then(|path| {
+            let _ground = self.ground.lock().unwrap_or_else(PoisonError::into_inner);
+            let mounted = mount_erofs(&path, &self.mount_point);
+            mounted.map_err(|source| DriverError::Refused { diff_id: self.id.diff_id, source })?;
+            Ok(path)
+        });
+        let mut state = self.state();
+        match covered {
+            Ok(path) => {
+                (state.backing, state.file, state.failure) = (backing, path, None);
+                Ok(())
+            }
+            Err(error) => {
+                state.failure = Some(in_one_line(&error));
+                Err(error)
+            }
+        }
+    }
+
     /// Two caches of the same bytes are one too many. A file system that cannot is no failure.
     fn switch_to_direct_io(&self, file: &File) {
         let Some(device) = &self.device else { return };
@@ -261,11 +289,18 @@ impl Drop for Attached {
         if self.stays.load(Ordering::Relaxed) && matches!(self.state().backing, Backing::Local(_)) {
             return;
         }
-        let gone = unmount(&self.mount_point, Unmount::Lazy).map_err(io::Error::other);
+        let gone = unmount_all(&self.mount_point).map_err(io::Error::other);
         if let Err(error) = gone.and_then(|()| fs::remove_dir(&self.mount_point)) {
             tracing::warn!(layer = %self.id, %error, "the mount of a layer stays behind");
         }
     }
+}
+
+/// Takes everything away that is mounted on the directory of a layer: one that the kernel shows may cover what showed it before.
+pub(super) fn unmount_all(mount_point: &Path) -> Result<(), MountError> {
+    unmount(mount_point, Unmount::Lazy)?;
+    while unmount(mount_point, Unmount::Lazy).is_ok() {}
+    Ok(())
 }
 
 /// Opens a file that holds a layer, and gives its name without links.

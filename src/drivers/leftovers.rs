@@ -205,13 +205,13 @@ fn take_away(leftover: &Leftover, how: Unmount) -> Result<(), String> {
     match leftover {
         Leftover::Overlay { path } => unmounted(path, how),
         // Who uses a layer does so through a stack.
-        Leftover::Erofs { path } => {
+        Leftover::Erofs { path } | Leftover::Fuse { path } => {
             unmounted(path, Unmount::Lazy)?;
-            fs::remove_dir(path).map_err(|error| error.to_string())
-        }
-        Leftover::Fuse { path } => {
-            unmounted(path, Unmount::Lazy)?;
-            fs::remove_dir(path).map_err(|error| error.to_string())
+            match fs::remove_dir(path) {
+                // It covered another one, whose turn will come.
+                Err(error) if error.kind() == io::ErrorKind::ResourceBusy => Ok(()),
+                removed => removed.map_err(|error| error.to_string()),
+            }
         }
         Leftover::Loop { number, backing } => end_loop(*number, backing),
         Leftover::Directory { path } => empty(path).map_err(|error| in_one_line(&error)),

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
-use super::attached::{Attached, Backing, HeldLayer, LayerReport, Manner};
+use super::attached::{Attached, Backing, HeldLayer, LayerReport, Manner, unmount_all};
 use super::run::RunDirectory;
 use super::timely::{Started, start, within};
 use super::{DriverError, LayerBacking};
@@ -42,6 +42,8 @@ struct Slot {
 pub struct Presented {
     target: PathBuf,
     layers: Vec<HeldLayer>,
+    /// Somebody else showed one of them when they were stacked, and does so for as long as the stack is there.
+    is_shown: bool,
     /// It stays when it is let go of.
     stays: AtomicBool,
     owner: Arc<Inner>,
@@ -131,6 +133,7 @@ impl KernelMounts {
         Ok(Some(Presented {
             target: target.to_owned(),
             layers,
+            is_shown: false,
             stays: AtomicBool::new(false),
             owner: Arc::clone(&self.0),
         }))
@@ -152,12 +155,13 @@ impl KernelMounts {
         let table = mount_table().unwrap_or_default();
         let stacks = table.iter().filter(|entry| entry.kind == "overlay" && entry.source == self.0.run.source());
         for stack in stacks.filter(|stack| !targets.contains(&stack.mount_point)) {
-            take_away_left(&stack.mount_point);
+            let target = &stack.mount_point;
+            tell_left(target, unmount(target, Unmount::Lazy));
         }
         for number in self.0.run.numbers().into_iter().filter(|number| !self.is_held(*number)) {
             let path = self.0.run.layer(number);
             if table.iter().any(|entry| entry.mount_point == path) {
-                take_away_left(&path);
+                tell_left(&path, unmount_all(&path));
             }
             if let Err(error) = std::fs::remove_dir(&path) {
                 tracing::warn!(path = %path.display(), %error, "a directory stays behind");
@@ -165,7 +169,8 @@ impl KernelMounts {
         }
     }
 
-    /// Lets the kernel read a layer from the complete, verified file `local`, under all live mounts of it.
+    /// Lets the kernel read a layer from the complete, verified file `local`, under all live mounts of it. One that somebody else
+    /// showed the kernel shows from now on to whoever comes new.
     ///
     /// # Errors
     /// See [`DriverError`]; the kernel then reads what it read before.
@@ -263,14 +268,15 @@ impl Inner {
             lowers.push(self.run.empty());
         }
         let upper = writable.as_ref().map(|(upper, work)| (upper.as_path(), work.as_path()));
+        let is_shown = layers.iter().any(|layer| layer.report().backing == Backing::Tree);
         let overlay = OverlayMount { source: self.run.source(), lowers: &lowers, upper };
         mount_overlay(&overlay, &target).map_err(DriverError::Stack)?;
-        Ok(Presented { target, layers, stays: AtomicBool::new(false), owner: self })
+        Ok(Presented { target, layers, is_shown, stays: AtomicBool::new(false), owner: self })
     }
 }
 
-fn take_away_left(path: &Path) {
-    match unmount(path, Unmount::Lazy) {
+fn tell_left(path: &Path, taken: Result<(), MountError>) {
+    match taken {
         Ok(()) => tracing::info!(path = %path.display(), "what an owner before this one left is taken away"),
         Err(error) => {
             let error: &dyn std::error::Error = &error;
@@ -307,7 +313,7 @@ impl Presented {
 
     /// True if the kernel reads all layers from complete files: nothing needs the server of the lazy ones.
     pub fn is_local(&self) -> bool {
-        self.layers.iter().all(|layer| matches!(layer.report().backing, Backing::Local(_)))
+        !self.is_shown && self.layers.iter().all(|layer| matches!(layer.report().backing, Backing::Local(_)))
     }
 
     /// True if from now on it stays when it is let go of, for the next owner: the kernel shows it without any process.

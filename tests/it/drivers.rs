@@ -373,6 +373,29 @@ fn stacks_share_the_mounts_of_their_layers() {
 }
 
 #[test]
+fn a_layer_that_somebody_else_shows_is_the_kernels_for_those_who_come_later() {
+    let stage = Stage::new(vec![image_of(LayerRole::Bottom, &[file("who", b"the kernel")]).unwrap()]);
+    let tree = stage.path("tree");
+    fs::create_dir(&tree).unwrap();
+    // What differs so that it can be told apart.
+    fs::write(tree.join("who"), "somebody else").unwrap();
+    let mounts = stage.mounts();
+    let layer = LayerBacking { tree: Some(tree), ..stage.layer(0) };
+    let before = mounts.present(std::slice::from_ref(&layer), &stage.path("mnt"), None).unwrap();
+    let held = mounts.hold(&layer).unwrap();
+    for _ in 0..2 {
+        mounts.hand_over(0, &stage.local(0)).unwrap();
+    }
+    assert!(matches!(held.report().backing, Backing::Local(_)), "{:?}", held.report());
+    let after = mounts.stack(std::slice::from_ref(&held), &stage.path("mnt2"), None).unwrap();
+    let who = |presented: &Presented| fs::read_to_string(presented.target().join("who")).unwrap();
+    assert_eq!([who(&before), who(&after)], ["somebody else", "the kernel"]);
+    assert!(!before.is_local() && after.is_local(), "only one of them needs nobody");
+    drop((before, after, held, mounts));
+    stage.assert_clean();
+}
+
+#[test]
 fn whiteouts_of_a_single_layer_do_not_show() {
     let image = image_of(LayerRole::Upper, &[file("kept", b"x"), whiteout("gone")]).unwrap();
     let stage = Stage::new(vec![image]);

@@ -49,8 +49,6 @@ pub struct Grove {
     taken_over: bool,
     /// What was taken over is listed.
     complete: AtomicBool,
-    /// Layers that nobody reads through this any more, listed until everything is.
-    before: Mutex<Vec<Arc<Listed>>>,
     /// How many layers are listed, each as often as it is.
     listed: AtomicUsize,
     /// The next number of an image that has none of its own.
@@ -149,7 +147,6 @@ impl Grove {
             number,
             taken_over,
             complete: AtomicBool::new(false),
-            before: Mutex::default(),
             listed: AtomicUsize::new(0),
             next,
             table,
@@ -167,14 +164,6 @@ impl Grove {
         self.taken_over && !self.complete.load(Ordering::Acquire)
     }
 
-    /// Lets a layer be read by those who read it through a process before this one, though whoever holds it now does not: it
-    /// counts as known to the kernel, and is served until that has let go of it.
-    pub fn was_listed(&self, listed: Arc<Listed>) {
-        if self.is_restoring() {
-            self.before.lock().unwrap_or_else(PoisonError::into_inner).push(listed);
-        }
-    }
-
     /// Says that what a process before this one showed is listed again, as far as it ever will be.
     pub fn is_complete(self: &Arc<Self>) {
         self.server.is_complete();
@@ -189,8 +178,6 @@ impl Grove {
                 let names = fs::read_dir(grove.place.join(dir)).into_iter().flatten().flatten();
                 names.for_each(|name| drop(fs::symlink_metadata(name.path())));
             }
-            let before = std::mem::take(&mut *grove.before.lock().unwrap_or_else(PoisonError::into_inner));
-            drop(before);
         };
         if let Err(error) = thread::Builder::new().name("grove-look".into()).spawn(look) {
             tracing::debug!(%error, "the kernel may never tell that it forgot what was taken over");

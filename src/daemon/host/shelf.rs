@@ -11,7 +11,9 @@
 //! | `fuse` | a directory of the FUSE connection |
 //!
 //! Guarantees: a layer is mounted once, whoever holds it, and unmounted when nobody does any more; what an overlay still
-//! shows of it then goes with the overlay. When a layer becomes local, the kernel is handed its file under the live mount.
+//! shows of it then goes with the overlay. When a layer becomes local, the kernel is handed its file under the live mount; one
+//! that FUSE shows because the kernel cannot be given lazy files it shows from then on to whoever stacks anew, and FUSE goes on
+//! with what is stacked already.
 //! Two layers are one only if blob and anchor are the same as well as the diffID.
 //!
 //! Calls wait for the kernel, which may wait for the network: they belong on threads that serve nothing. Refuses to know how
@@ -87,20 +89,9 @@ impl Ground {
         matches!(self.files, Files::Common(_))
     }
 
-    /// The connection, while it was taken over and does not yet show everything again.
-    fn restoring(&self) -> Option<&Arc<Grove>> {
-        match &self.files {
-            Files::Common(grove) => Some(grove).filter(|grove| grove.is_restoring()),
-            Files::Own(_) => None,
-        }
-    }
-
-    /// Ends the listing of a layer that its holder does not need, unless others may still read it from before.
-    fn is_not_read(&self, listed: Arc<Listed>) {
-        match self.restoring() {
-            Some(grove) => grove.was_listed(listed),
-            None => drop(listed),
-        }
+    /// True while the connection was taken over and does not yet show everything again.
+    fn is_restoring(&self) -> bool {
+        matches!(&self.files, Files::Common(grove) if grove.is_restoring())
     }
 }
 
@@ -130,6 +121,8 @@ struct Held {
     why: String,
     /// What the FUSE connection shows of it, while that is read.
     listed: Mutex<Option<Arc<Listed>>>,
+    /// Others may read that as long as this is held, though it is not what is mounted any more.
+    stays_listed: bool,
     ground: Arc<Ground>,
     layer: Arc<LayerImage>,
 }
@@ -214,7 +207,7 @@ impl Shelf {
                 }
             }
         }
-        self.hold_tree(layer, slot, &choice.why)
+        self.hold_tree(layer, slot, wanted, &choice.why)
     }
 
     /// What this machine can; asked once.
@@ -244,14 +237,13 @@ impl Shelf {
         let ground = self.ground()?;
         let id = layer_id(layer);
         let number = self.number(&id, slot);
+        // The kernel may still wait for what it asked a daemon before this one, and takes no other file before it has that; and
+        // overlays may be stacked on what that one showed. Nobody can tell, so it is listed as long as it is held.
+        let is_inherited = ground.is_restoring();
         let (lazy, local, listed) = match layer.local() {
             Some(local) => {
-                // The kernel may still wait for what it asked a daemon before this one, and does not take another file before it
-                // has that; and overlays may be stacked on what that one showed.
-                if ground.restoring().is_some() {
-                    ground.is_not_read(Arc::new(self.list(&ground, layer, number)?));
-                }
-                (None, Some(local.image), None)
+                let listed = is_inherited.then(|| self.list(&ground, layer, number)).transpose()?;
+                (None, Some(local.image), listed)
             }
             None => {
                 let listed = self.list(&ground, layer, number)?;
@@ -260,30 +252,39 @@ impl Shelf {
         };
         let size = layer.local().map_or_else(|| layer.size(), |local| local.size);
         let held = ground.mounts.hold(&LayerBacking { number, id, size, lazy, local, tree: None })?;
-        let mut listed = listed.map(Arc::new);
         // It may have been mounted already, in another way.
-        if matches!(held.report().backing, Backing::Local(_))
-            && let Some(listed) = listed.take()
-        {
-            ground.is_not_read(listed);
-        }
+        let listed = listed.filter(|_| is_inherited || !matches!(held.report().backing, Backing::Local(_)));
         let (why, layer) = (why.to_owned(), Arc::clone(layer));
-        let listed = Mutex::new(listed);
-        let dir = ShelfDir(Arc::new(Held { held, driver, why, listed, ground, layer }));
+        let listed = Mutex::new(listed.map(Arc::new));
+        let dir = ShelfDir(Arc::new(Held { held, driver, why, listed, stays_listed: is_inherited, ground, layer }));
         dir.wait_for_local();
         Ok(dir)
     }
 
     /// Lets the FUSE connection show a layer.
-    fn hold_tree(&self, layer: &Arc<LayerImage>, slot: Option<LayerSlot>, why: &str) -> anyhow::Result<ShelfDir> {
+    fn hold_tree(
+        &self,
+        layer: &Arc<LayerImage>,
+        slot: Option<LayerSlot>,
+        wanted: Wanted,
+        why: &str,
+    ) -> anyhow::Result<ShelfDir> {
         let ground = self.ground()?;
         let id = layer_id(layer);
         let number = self.number(&id, slot);
         let listed = self.list(&ground, layer, number)?;
         let (size, tree) = (layer.size(), Some(listed.tree()));
         let held = ground.mounts.hold(&LayerBacking { number, id, size, lazy: None, local: None, tree })?;
-        let (why, layer, listed) = (why.to_owned(), Arc::clone(layer), Mutex::new(Some(Arc::new(listed))));
-        Ok(ShelfDir(Arc::new(Held { held, driver: Driver::Fuse, why, listed, ground, layer })))
+        let (why, of, listed) = (why.to_owned(), Arc::clone(layer), Mutex::new(Some(Arc::new(listed))));
+        let driver = Driver::Fuse;
+        let dir = ShelfDir(Arc::new(Held { held, driver, why, listed, stays_listed: true, ground, layer: of }));
+        // There may be a kernel that shows complete files and cannot be given lazy ones.
+        let capabilities = self.capabilities();
+        let will_be = choose(wanted, capabilities, &[LayerFacts { local: true, obstacle: None, ..facts(layer, false) }]);
+        if will_be.driver == Driver::Local && capabilities.file_backed.reason().is_none() {
+            dir.wait_for_local();
+        }
+        Ok(dir)
     }
 
     /// Where this process mounts.
@@ -377,7 +378,7 @@ impl ShelfDir {
     /// How the layer is presented at this moment, and why.
     pub fn driver(&self) -> (Driver, String) {
         match (self.0.driver, self.0.held.report().backing) {
-            (Driver::Kernel, Backing::Local(_)) => (Driver::Local, "handed over to the kernel".to_owned()),
+            (Driver::Kernel | Driver::Fuse, Backing::Local(_)) => (Driver::Local, "handed over to the kernel".to_owned()),
             (driver, _) => (driver, self.0.why.clone()),
         }
     }
@@ -398,7 +399,7 @@ impl ShelfDir {
 
     /// Hands the layer over when it is local.
     fn wait_for_local(&self) {
-        if self.0.held.report().backing == Backing::Lazy {
+        if !matches!(self.0.held.report().backing, Backing::Local(_)) {
             let held = Arc::downgrade(&self.0);
             self.0.layer.when_local(move |_, local| hand_over(&held, local));
         }
@@ -410,16 +411,18 @@ fn hand_over(held: &Weak<Held>, local: &LocalLayer) {
     for attempt in 1..=TRIES {
         // It may have been let go of meanwhile.
         let Some(held) = held.upgrade() else { return };
+        let is_shown = held.held.report().backing == Backing::Tree;
         let Err(error) = held.ground.mounts.hand_over(held.held.number(), &local.image) else {
-            let listed = lock(&held.listed).take();
-            if let Some(listed) = listed {
-                held.ground.is_not_read(listed);
-            }
+            let listed = if held.stays_listed { None } else { lock(&held.listed).take() };
+            drop(listed);
             tracing::info!(layer = %local.diff_id, "the kernel reads the layer from its local file");
             return;
         };
         drop(held);
         let error: &dyn std::error::Error = &error;
+        if is_shown {
+            return tracing::warn!(layer = %local.diff_id, error, "the kernel does not show the layer itself: FUSE goes on");
+        }
         if attempt == TRIES {
             tracing::error!(layer = %local.diff_id, attempt, error, "the layer is not handed over: it stays lazy");
         } else {

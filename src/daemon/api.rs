@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 use super::host::{Host, MountRequest, Mounted};
 use super::ledger::{self, prune_goal};
 use super::pull;
+use super::pulls::{Pulls, UnderWay};
 use crate::control::{
     DaemonStatus, Fault, ForgetAsked, Forgotten, Health, HostStatus, MountAsked, MountStatus, PruneAsked, Pruned,
     PullAsked, PullLine, Served, SnapshotsSeen, UmountAsked, WaitAsked,
@@ -36,17 +37,24 @@ pub struct Api {
     host: Arc<Host>,
     judge: Judge,
     ready: AtomicBool,
+    ends: Arc<AtomicBool>,
 }
 
 impl Api {
     /// What can be asked of `host`.
-    pub const fn new(host: Arc<Host>, judge: Judge) -> Self {
-        Self { host, judge, ready: AtomicBool::new(true) }
+    pub fn new(host: Arc<Host>, judge: Judge) -> Self {
+        Self { host, judge, ready: AtomicBool::new(true), ends: Arc::default() }
     }
 
     /// Says whether the host has everything that it should have.
     pub fn set_ready(&self, ready: bool) {
         self.ready.store(ready, Ordering::Relaxed);
+    }
+
+    /// Says that the host is about to end: from now on it leaves those who asked, and not they it.
+    pub fn ends(&self) {
+        self.ends.store(true, Ordering::Relaxed);
+        self.set_ready(false);
     }
 
     /// What fetching has cost.
@@ -125,6 +133,7 @@ impl Served for Api {
     fn pull(&self, asked: PullAsked) -> BoxStream<'static, PullLine> {
         let (lines, read) = mpsc::channel(LINES);
         let (host, judge, telling) = (Arc::clone(&self.host), self.judge, lines.clone());
+        let (pulls, written, ends) = (host.pulls(), asked.clone(), Arc::clone(&self.ends));
         let bringing = async move {
             let (image, platform) = (asked.image.parse()?, asked.platform.map(|word| word.parse()).transpose()?);
             // Who does not read fast enough misses some of these.
@@ -132,15 +141,21 @@ impl Served for Api {
             pull::bring(host.house(), &image, platform.as_ref(), tell).await
         };
         tokio::spawn(async move {
+            let under_way = write_down(pulls, written).await;
             let end = tokio::select! {
-                pulled = bringing => match pulled {
+                pulled = bringing => Some(match pulled {
                     Ok(pulled) => PullLine::Done(pulled),
                     Err(error) => PullLine::Failed(judge(&error)),
-                },
+                }),
                 // Who asked has gone.
-                () = lines.closed() => return,
+                () = lines.closed() => None,
             };
-            lines.send(end).await.ok();
+            if let Some(under_way) = under_way.filter(|_| end.is_some() || !ends.load(Ordering::Relaxed)) {
+                under_way.over();
+            }
+            if let Some(end) = end {
+                lines.send(end).await.ok();
+            }
         });
         Box::pin(futures::stream::unfold(read, async |mut read| read.recv().await.map(|line| (line, read))))
     }
@@ -174,6 +189,19 @@ impl Served for Api {
     fn snapshots(&self) -> BoxFuture<'static, Result<SnapshotsSeen, Fault>> {
         let host = Arc::clone(&self.host);
         self.answer(blocking(move || Ok(ledger::seen(host.house().store.root(), &host.house().recorded()?))))
+    }
+}
+
+/// Writes down that a pull begins, for the next daemon should this one not come to its end.
+async fn write_down(pulls: Option<Pulls>, asked: PullAsked) -> Option<UnderWay> {
+    let pulls = pulls?;
+    match blocking(move || Ok(pulls.begin(&asked)?)).await {
+        Ok(under_way) => Some(under_way),
+        Err(error) => {
+            let error: &dyn std::error::Error = error.as_ref();
+            tracing::warn!(error, "a pull is not gone on with should this process end");
+            None
+        }
     }
 }
 

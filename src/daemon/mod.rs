@@ -17,6 +17,7 @@ pub mod node;
 pub mod notify;
 pub mod place;
 pub mod pull;
+mod pulls;
 mod recorder;
 pub mod service;
 pub mod serving;

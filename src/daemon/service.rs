@@ -148,6 +148,7 @@ pub fn run(settings: &Settings, above: &Above, runtime: &Handle) -> anyhow::Resu
                 version = env!("CARGO_PKG_VERSION"),
                 "the daemon is ready"
             );
+            go_on_with_pulls(&host, above.judge).await;
             let mut now = settings.clone();
             loop {
                 hang_up.recv().await;
@@ -157,7 +158,7 @@ pub fn run(settings: &Settings, above: &Above, runtime: &Handle) -> anyhow::Resu
         tokio::select! { () = until_end => (), () = any(&mut end) => () }
         tracing::info!("the daemon ends");
         drop(close);
-        api.set_ready(false);
+        api.ends();
         notify.say("STOPPING=1");
         drop(stop);
         if settings.daemon.keep_mounts && leave(&host).await {
@@ -313,6 +314,19 @@ async fn bring_back(host: &Arc<Host>) {
     };
     let dead = entries.into_iter().filter(|entry| !entry.alive && entry.record.daemon.is_some());
     join_all(dead.map(|entry| bring_back_one(host, entry))).await;
+}
+
+/// Goes on with what a daemon before this one did not come to the end of, each pull by itself.
+async fn go_on_with_pulls(host: &Arc<Host>, judge: Judge) {
+    let Some(pulls) = host.pulls() else { return };
+    match tokio::task::spawn_blocking(move || pulls.left()).await {
+        Ok(Ok(left)) => left.into_iter().for_each(|one| drop(tokio::spawn(one.go_on(host.house().clone(), judge)))),
+        Ok(Err(error)) => {
+            let error: &dyn std::error::Error = &error;
+            tracing::warn!(error, "pulls that a daemon before this one began are not gone on with");
+        }
+        Err(error) => tracing::error!(%error, "the thread that looks for pulls broke down"),
+    }
 }
 
 async fn settle(host: &Arc<Host>) {

@@ -546,7 +546,7 @@ fn a_writable_overlay_keeps_what_is_written() {
     fs::create_dir(&merged).unwrap();
     for round in 0..2 {
         let server = mount(std::slice::from_ref(&layer), &lower);
-        mount_writable(server.mount_point(), &upper, &merged).unwrap();
+        mount_writable("headstart", server.mount_point(), &upper, &merged).unwrap();
         if round == 0 {
             fs::write(merged.join("etc/hosts"), "upper").unwrap();
             fs::remove_file(merged.join("etc/gone")).unwrap();

@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
+use std::process::{Child, Stdio};
 
 use headstart::sys::mount::mounted_on;
 
@@ -98,4 +99,66 @@ fn lazy_layers_of_a_killed_daemon_are_read_on_through_the_next() {
     daemon.end();
     stage.assert_clean();
     wait_until("the layers go", || !stage.path("run/l").exists());
+}
+
+/// A pull through the daemon that waits for a registry which does not answer.
+fn begin_pull(stage: &Stage, image: &str) -> Child {
+    let mut command = stage.program();
+    let client = command.args(["pull", image]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    wait_until("the pull begins", || pulls_under_way(stage) == 1);
+    client
+}
+
+fn pulls_under_way(stage: &Stage) -> usize {
+    fs::read_dir(stage.root().join("pulls")).map_or(0, Iterator::count)
+}
+
+#[test]
+fn a_pull_that_its_daemon_did_not_end_goes_on_with_the_next() {
+    let stage = Stage::new();
+    for (number, is_killed) in [(25, true), (26, false)] {
+        let name = number.to_string();
+        let layers = [tar(&[("large", &noise(number, 3 << 20))]), tar(&[("other", &noise(number + 10, 1 << 20))])];
+        let (_, converted) = stage.images_at(&format!("source-{name}"), &name, &layers);
+        let registry = stage.serve(&converted, &[]);
+        let daemon = Daemon::start(&stage);
+        registry.pause();
+        let mut client = begin_pull(&stage, &registry.image());
+        if is_killed {
+            daemon.kill();
+        } else {
+            daemon.end();
+        }
+        assert!(!client.wait().unwrap().success());
+        assert_eq!(pulls_under_way(&stage), 1);
+        registry.go_on();
+        let daemon = Daemon::start(&stage);
+        wait_until("the image is here", || pulls_under_way(&stage) == 0);
+        let seen = stage.json(&["snapshots"]);
+        let images = seen["images"].as_array().unwrap();
+        let image = images.iter().find(|image| image["image"] == registry.image().as_str());
+        let image = image.unwrap_or_else(|| panic!("{seen}: {}", daemon.log()));
+        assert_eq!((&image["layers"], &image["committed"]), (&2.into(), &2.into()), "{}", daemon.log());
+        daemon.end();
+    }
+    stage.assert_clean();
+}
+
+#[test]
+fn a_pull_that_nobody_wants_any_more_is_over() {
+    let stage = Stage::new();
+    let (_, converted) = stage.images(&[tar(&[("large", &noise(27, 1 << 20))])]);
+    let registry = stage.serve(&converted, &[]);
+    let daemon = Daemon::start(&stage);
+    registry.pause();
+    let mut client = begin_pull(&stage, &registry.image());
+    client.kill().unwrap();
+    client.wait().unwrap();
+    wait_until("the pull is over", || pulls_under_way(&stage) == 0);
+    registry.go_on();
+    // One that fails is over as well.
+    stage.fails(&["pull", &format!("{}/no/such/image:latest", registry.address)]);
+    assert_eq!(pulls_under_way(&stage), 0);
+    daemon.end();
+    stage.assert_clean();
 }

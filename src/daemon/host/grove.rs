@@ -394,11 +394,7 @@ pub(super) fn watch_over(
 ///
 /// # Errors
 /// The mount table cannot be read.
-pub(super) fn bound_there(
-    grove: &Grove,
-    mount_point: &Path,
-    writable: bool,
-) -> io::Result<Option<Option<String>>> {
+pub(super) fn bound_there(grove: &Grove, mount_point: &Path, writable: bool) -> io::Result<Option<Option<String>>> {
     let Some(entry) = mount::mounted_on(mount_point)? else { return Ok(None) };
     if !writable {
         return Ok(grove.shows(&entry).then_some(None));

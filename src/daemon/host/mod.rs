@@ -30,6 +30,7 @@ use super::image::{Documents, House, Lazy, OpenImage};
 use super::keeper::Keeper;
 use super::mounts::{Claim, Mounts};
 use super::place::Place;
+use super::pulls::Pulls;
 use super::recorder::WrittenMount;
 use crate::chain::LayerSlot;
 use crate::control::MountRecord;
@@ -200,6 +201,11 @@ impl Host {
     /// The configuration this was opened with.
     pub const fn settings(&self) -> &Settings {
         &self.settings
+    }
+
+    /// Where the daemon writes down what it pulls for others, if this is it.
+    pub(super) fn pulls(&self) -> Option<Pulls> {
+        self.daemon.is_some().then(|| Pulls::new(&self.settings.root))
     }
 
     /// How long this has been here.

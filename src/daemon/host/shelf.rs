@@ -280,7 +280,8 @@ impl Shelf {
         let dir = ShelfDir(Arc::new(Held { held, driver, why, listed, stays_listed: true, ground, layer: of }));
         // There may be a kernel that shows complete files and cannot be given lazy ones.
         let capabilities = self.capabilities();
-        let will_be = choose(wanted, capabilities, &[LayerFacts { local: true, obstacle: None, ..facts(layer, false) }]);
+        let will_be =
+            choose(wanted, capabilities, &[LayerFacts { local: true, obstacle: None, ..facts(layer, false) }]);
         if will_be.driver == Driver::Local && capabilities.file_backed.reason().is_none() {
             dir.wait_for_local();
         }
@@ -378,7 +379,9 @@ impl ShelfDir {
     /// How the layer is presented at this moment, and why.
     pub fn driver(&self) -> (Driver, String) {
         match (self.0.driver, self.0.held.report().backing) {
-            (Driver::Kernel | Driver::Fuse, Backing::Local(_)) => (Driver::Local, "handed over to the kernel".to_owned()),
+            (Driver::Kernel | Driver::Fuse, Backing::Local(_)) => {
+                (Driver::Local, "handed over to the kernel".to_owned())
+            }
             (driver, _) => (driver, self.0.why.clone()),
         }
     }

@@ -12,7 +12,7 @@
 use std::ffi::c_ulong;
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::AsRawFd as _;
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
@@ -20,6 +20,8 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{FileType, Mode};
 use rustix::io::Errno;
+
+use super::apart::ioctl_apart;
 
 const LOOP_CLR_FD: c_ulong = 0x4C01;
 const LOOP_GET_STATUS64: c_ulong = 0x4C05;
@@ -308,7 +310,7 @@ impl LoopDevice {
         if metadata.len() / 512 * 512 != wanted {
             return Err(LoopError::Size { number: self.number, path: path.to_owned(), found: metadata.len(), wanted });
         }
-        ask_usize(&self.file, LOOP_CHANGE_FD, backing.as_raw_fd())
+        ioctl_apart(self.file.as_fd(), LOOP_CHANGE_FD, backing.as_fd())
             .map_err(|errno| self.failed("exchange the file behind", path, errno))?;
         if !reads_it(&self.status()?) {
             let found = backing_of(self.number).ok().flatten().unwrap_or_default();

@@ -1,5 +1,6 @@
 //! System calls that need care, and the only unsafe code.
 
+mod apart;
 pub mod descriptors;
 mod file_error;
 pub mod fuse;

@@ -7,6 +7,7 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::panic::{self, AssertUnwindSafe};
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -46,6 +47,8 @@ pub(super) struct Connection<F> {
     pub(super) first: OnceLock<u64>,
     /// Those who asked for files that are not there yet; none if everything is.
     pub(super) early: Mutex<Option<Vec<Redeemer>>>,
+    /// How often there was more of them than before. Changed under the lock of `early`.
+    pub(super) looks: AtomicU64,
 }
 
 /// A request on its way to an answer.
@@ -57,8 +60,6 @@ struct Parcel<Q: Request> {
     /// How often it met absent bytes, and when that was first.
     rounds: u32,
     since: Option<Instant>,
-    /// It failed though everything was there that should be.
-    is_told: bool,
 }
 
 impl<F: FileSystem> Connection<F> {
@@ -66,7 +67,7 @@ impl<F: FileSystem> Connection<F> {
     fn handle<Q: Request>(self: &Arc<Self>, caller: &Caller, request: Q, reply: Q::Reply) {
         self.met(caller);
         self.counting.count(Q::KIND);
-        self.go_on(Parcel { request, reply, caller: caller.pid(), rounds: 0, since: None, is_told: false });
+        self.go_on(Parcel { request, reply, caller: caller.pid(), rounds: 0, since: None });
     }
 
     fn met(&self, caller: &Caller) {
@@ -90,36 +91,39 @@ impl<F: FileSystem> Connection<F> {
     /// Attempts a request again and again, as long as what it lacks comes at once.
     fn rounds<Q: Request>(self: &Arc<Self>, mut parcel: Parcel<Q>) {
         loop {
-            let Parcel { request, reply, caller, rounds, since, is_told } = parcel;
+            let Parcel { request, reply, caller, rounds, since } = parcel;
+            let looks = self.looks.load(Ordering::Acquire);
             let (reply, missing) = match request.attempt(&self.fs, reply) {
                 Ok(()) => return,
                 Err((reply, Failure::Vfs(vfs::Error::Absent { layer, device, range }))) => {
                     (reply, Missing { layer, device, range })
                 }
                 Err((reply, failure @ (Failure::NoName | Failure::Vfs(vfs::Error::NoSuchInode(_))))) => {
-                    return self.put_off(Parcel { request, reply, caller, rounds, since, is_told }, failure);
+                    return self.put_off(Parcel { request, reply, caller, rounds, since }, failure, looks);
                 }
                 Err((reply, failure)) => return self.refuse::<Q>(&request, reply, &failure),
             };
             let since = since.unwrap_or_else(Instant::now);
-            let waiting = Parcel { request, reply, caller, rounds: rounds + 1, since: Some(since), is_told };
+            let waiting = Parcel { request, reply, caller, rounds: rounds + 1, since: Some(since) };
             let Some(next) = self.ask(waiting, missing, since + self.patience) else { return };
             parcel = next;
         }
     }
 
-    /// Lets a request that fails wait until everything is there that should be, and tries it again then; refuses it if that
-    /// is so, or if it waits for too long.
-    fn put_off<Q: Request>(self: &Arc<Self>, mut parcel: Parcel<Q>, failure: Failure) {
+    /// Lets a request that fails wait until there is more than when it was tried (`looks`), and tries it again then; refuses it
+    /// if everything is there, or if it waits for too long.
+    fn put_off<Q: Request>(self: &Arc<Self>, parcel: Parcel<Q>, failure: Failure, looks: u64) {
         let (ticket, redeemer) = Ticket::new();
-        let is_early = self.early().as_mut().map(|early| early.push(redeemer)).is_some();
-        if !is_early {
-            if parcel.is_told {
-                return self.refuse::<Q>(&parcel.request, parcel.reply, &failure);
+        {
+            let mut early = self.early();
+            if self.looks.load(Ordering::Acquire) != looks {
+                drop(early);
+                return self.go_on(parcel);
             }
-            // It may have come since it was looked for.
-            parcel.is_told = true;
-            return self.go_on(parcel);
+            let Some(early) = early.as_mut() else {
+                return self.refuse::<Q>(&parcel.request, parcel.reply, &failure);
+            };
+            early.push(redeemer);
         }
         let since = parcel.since.unwrap_or_else(Instant::now);
         let watch = self.deadlines.watch(&ticket, parcel.caller, since + self.patience);
@@ -127,6 +131,7 @@ impl<F: FileSystem> Connection<F> {
             Verdict::Arrived => connection.go_on(parcel),
             _ => connection.refuse::<Q>(&parcel.request, parcel.reply, failure),
         };
+        let parcel = Parcel { since: Some(since), ..parcel };
         let early = ticket.park((parcel, failure, watch), |(parcel, failure, watch)| {
             let connection = Arc::clone(self);
             Box::new(move |verdict| {
@@ -144,10 +149,24 @@ impl<F: FileSystem> Connection<F> {
         self.early.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// There is more than before: those who came too early are tried again.
+    pub(super) fn look_again(&self) {
+        let early = {
+            let mut early = self.early();
+            self.looks.fetch_add(1, Ordering::AcqRel);
+            early.as_mut().map(std::mem::take)
+        };
+        early.into_iter().flatten().for_each(|redeemer| redeemer.redeem(Ok(())));
+    }
+
     /// Everything is there: what is still not never will be.
     pub(super) fn is_complete(&self) {
         self.fs.is_complete();
-        let early = self.early().take();
+        let early = {
+            let mut early = self.early();
+            self.looks.fetch_add(1, Ordering::AcqRel);
+            early.take()
+        };
         early.into_iter().flatten().for_each(|redeemer| redeemer.redeem(Ok(())));
     }
 

@@ -28,6 +28,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -118,6 +119,7 @@ trait Steer: Send + Sync {
     fn waiting(&self) -> usize;
     fn counters(&self) -> Counters;
     fn close(&self);
+    fn look_again(&self);
     fn is_complete(&self);
 }
 
@@ -132,6 +134,10 @@ impl<F: FileSystem> Steer for Connection<F> {
 
     fn close(&self) {
         self.deadlines.close();
+    }
+
+    fn look_again(&self) {
+        self.look_again();
     }
 
     fn is_complete(&self) {
@@ -177,7 +183,8 @@ pub fn serve_link<F: FileSystem>(fs: F, link: Link, options: &ServeOptions) -> R
     let counting = Counting::default();
     let first = OnceLock::new();
     let early = Mutex::new(link.was_served().then(Vec::new));
-    let connection = Arc::new(Connection { fs, deadlines, patience: options.patience, counting, first, early });
+    let (patience, looks) = (options.patience, AtomicU64::new(0));
+    let connection = Arc::new(Connection { fs, deadlines, patience, counting, first, early, looks });
     server.connection = Some(Arc::<Connection<F>>::clone(&connection));
     let mut config = fuser::Config::default();
     config.n_threads = Some(options.threads.max(1));
@@ -232,6 +239,13 @@ impl Server {
     /// The same by what they asked for.
     pub fn counters(&self) -> Counters {
         self.connection.as_ref().map(|connection| connection.counters()).unwrap_or_default()
+    }
+
+    /// Says that more of what a process before this one showed is there again.
+    pub fn look_again(&self) {
+        if let Some(connection) = &self.connection {
+            connection.look_again();
+        }
     }
 
     /// Says that what a process before this one showed is there again: what is not never will be.

@@ -217,7 +217,16 @@ impl Grove {
     pub fn list(self: &Arc<Self>, shoot: Shoot) -> anyhow::Result<Listed> {
         let slot = self.forest.add_layer(shoot.diff_id, shoot.layer, Some(LayerSlot(shoot.number)))?;
         self.listed.fetch_add(1, Ordering::Relaxed);
+        self.there_is_more();
         Ok(Listed { grove: Arc::clone(self), slot })
+    }
+
+    /// Whoever asked before it was there is answered now, and need not wait for everything: what is mounted again may wait for
+    /// that answer.
+    fn there_is_more(&self) {
+        if self.is_restoring() {
+            self.server.look_again();
+        }
     }
 
     /// Lists an image of `layers`, the lowest first, under its number if it has one.
@@ -232,6 +241,7 @@ impl Grove {
         let listed_as = Name::new(name.as_bytes()).context("a number is a name")?;
         let snapshot = self.forest.add_snapshot(&listed_as, &slots, Some(SnapshotSlot(number)))?;
         self.table().shown += 1;
+        self.there_is_more();
         Ok(Planted { grove: Arc::clone(self), name, snapshot, layers: Some(layers) })
     }
 

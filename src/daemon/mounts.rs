@@ -462,7 +462,7 @@ mod tests {
         std::os::unix::fs::symlink(&upper, &linked).unwrap();
         let other = base.join("rooted");
         check(&other, Some(&upper)).unwrap();
-        let claim = mounts.claim(Path::new("/a")).unwrap();
+        let mut claim = mounts.claim(Path::new("/a")).unwrap();
         claim.publish(&MountRecord { upper: Some(upper.clone()), ..record("/a") }).unwrap();
         for name in [&upper, &linked] {
             let taken = check(&other, Some(name));

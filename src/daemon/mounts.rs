@@ -483,7 +483,8 @@ mod tests {
         rustix::mount::mount("tmpfs", disk.path(), "tmpfs", flags, c"nr_inodes=20,mode=700").unwrap();
         let root = disk.path().join("root");
         let mounts = Mounts::open(&root).unwrap();
-        let (claim, other) = (mounts.claim(Path::new("/a")).unwrap(), mounts.claim(Path::new("/b")).unwrap());
+        let mut claim = mounts.claim(Path::new("/a")).unwrap();
+        let mut other = mounts.claim(Path::new("/b")).unwrap();
         claim.publish(&MountRecord { pid: 1_000_000, ..record("/a") }).unwrap();
         let mut ballast = 0;
         while fs::write(disk.path().join(format!("ballast-{ballast}")), "").is_ok() {

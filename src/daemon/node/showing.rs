@@ -18,9 +18,9 @@ use crate::daemon::recorder::spec;
 use crate::fetch::LayerImage;
 use crate::unpack::Fill;
 
-/// How long to wait for somebody who still uses a layer that is to be deleted: an image that was just opened is remembered
-/// for some minutes.
-const TIDY_AGAIN: Duration = Duration::from_secs(30);
+/// How long to wait for somebody who still uses a layer that is to be deleted, the first time and at most: the kernel lets a
+/// device go soon after the last container's end, an image that was just opened is remembered for some minutes.
+const TIDY_AGAIN: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(30)];
 
 /// A layer that is shown. Dropping it waits for the kernel.
 #[derive(Debug)]
@@ -90,6 +90,8 @@ impl Inner {
 
 /// Unmounts layers that no snapshot uses any more, and deletes what was fetched of them, as long as the node is there.
 pub(super) async fn keep_tidy(node: Weak<Inner>, untidy: Arc<Notify>) {
+    let [soon, at_most] = TIDY_AGAIN;
+    let mut again = soon;
     loop {
         let Some(inner) = node.upgrade() else { return };
         let tidying = tokio::task::spawn_blocking(move || {
@@ -105,10 +107,14 @@ pub(super) async fn keep_tidy(node: Weak<Inner>, untidy: Arc<Notify>) {
             }
             Err(_) => 1,
         };
-        match left {
-            0 => untidy.notified().await,
-            // Whoever still uses them may be done then.
-            _ => drop(tokio::time::timeout(TIDY_AGAIN, untidy.notified()).await),
+        if left == 0 {
+            untidy.notified().await;
+            again = soon;
+        } else if tokio::time::timeout(again, untidy.notified()).await.is_ok() {
+            again = soon;
+        } else {
+            // Whoever still uses them may be done now.
+            again = (again * 2).min(at_most);
         }
     }
 }

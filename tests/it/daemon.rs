@@ -340,7 +340,7 @@ fn the_socket_refuses_what_it_does_not_understand_and_whom_it_does_not_know() {
     fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
     let mut command = Command::new(&program);
     stage.settle(&mut command);
-    let output = command.args(["status"]).uid(NOBODY).gid(NOBODY).output().unwrap();
+    let output = command.args(["pull", "oci:/no/such/place:latest"]).uid(NOBODY).gid(NOBODY).output().unwrap();
     let words = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(5), "{words}");
     let log = daemon.end();

@@ -161,7 +161,12 @@ pub fn run(settings: &Settings, above: &Above, runtime: &Handle) -> anyhow::Resu
         api.ends();
         notify.say("STOPPING=1");
         drop(stop);
-        if settings.daemon.keep_mounts && leave(&host).await {
+        let elsewhere = match &shown {
+            // What cannot be taken down is shown.
+            Some(shown) => tokio::time::timeout(LAST_ANSWERS, shown.shows_anything()).await.unwrap_or(true),
+            None => false,
+        };
+        if settings.daemon.keep_mounts && leave(&host, elsewhere).await {
             tokio::time::timeout(LAST_ANSWERS, answering).await.ok();
             // What it shows would be taken away with it.
             std::mem::forget(shown);
@@ -184,7 +189,7 @@ pub fn run(settings: &Settings, above: &Above, runtime: &Handle) -> anyhow::Resu
     // A start that fails is no reason to end what a daemon before this one has left.
     let left = match &ended {
         Ok(ended) => *ended == Ended::Left,
-        Err(_) => host.leave(),
+        Err(_) => host.leave(true),
     };
     if left {
         // Its mounts would be taken away with it.
@@ -194,9 +199,9 @@ pub fn run(settings: &Settings, above: &Above, runtime: &Handle) -> anyhow::Resu
 }
 
 /// [`Host::leave`], on a thread that may wait.
-async fn leave(host: &Arc<Host>) -> bool {
+async fn leave(host: &Arc<Host>, elsewhere: bool) -> bool {
     let host = Arc::clone(host);
-    tokio::task::spawn_blocking(move || host.leave()).await.unwrap_or(false)
+    tokio::task::spawn_blocking(move || host.leave(elsewhere)).await.unwrap_or(false)
 }
 
 /// The connection of a daemon before this one, if it was kept and can be used.

@@ -155,9 +155,12 @@ proptest! {
     }
 }
 
-/// What the files below a directory, and it, have as their device.
+/// What the files below a directory, and it, have as their device. overlayfs lists names of whiteouts now and then.
 fn devices(path: &Path) -> BTreeSet<u64> {
-    let metadata = fs::symlink_metadata(path).unwrap();
+    let metadata = match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return BTreeSet::new(),
+        metadata => metadata.unwrap(),
+    };
     let entries = metadata.is_dir().then(|| fs::read_dir(path).unwrap());
     let below = entries.into_iter().flatten().flat_map(|entry| devices(&entry.unwrap().path()));
     below.chain([metadata.dev()]).collect()

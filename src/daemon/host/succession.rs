@@ -106,13 +106,15 @@ impl Host {
     }
 
     /// Mounts no more, and leaves what there is to the next daemon. True if it can: the connection is kept beyond this
-    /// process, and there is something to be shown. From then on nothing may be dropped, and this process has to end. Waits
-    /// for another process.
-    pub fn leave(&self) -> bool {
+    /// process, and there is something to be shown, here or, if `elsewhere`, by whoever else has layers on the shelf. From
+    /// then on nothing may be dropped, and this process has to end. Waits for another process.
+    pub fn leave(&self, elsewhere: bool) -> bool {
         let (Ok(grove), Some(seat)) = (&self.grove, &self.daemon) else { return false };
         let Some(keeper) = seat.keeper.as_ref().filter(|keeper| keeper.keeps()) else { return false };
-        // What a daemon before this one showed may not be listed again yet.
-        if !grove.shows_anything() && !grove.is_restoring() && self.mounts().is_empty() {
+        // What a daemon before this one showed may not be listed again yet. What is listed although nobody shows it any more is
+        // a layer that is just changing hands, or read by who has opened it before it was unmounted.
+        let is_shown = !self.mounts().is_empty() || (elsewhere && grove.shows_anything());
+        if !is_shown && !grove.is_restoring() {
             return false;
         }
         let kept = grove.kept();

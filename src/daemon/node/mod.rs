@@ -87,6 +87,8 @@ struct Inner {
     untidy: Arc<Notify>,
     /// Layers that are shown, by number. Never locked while somebody waits for anything.
     shown: Mutex<BTreeMap<LayerSlot, Arc<Shown>>>,
+    /// Held by who takes layers down that nothing uses, until they are gone.
+    taking_down: Mutex<()>,
     applies: diff::Applies,
 }
 
@@ -128,6 +130,7 @@ impl Node {
             runtime,
             untidy: Arc::clone(&untidy),
             shown,
+            taking_down: Mutex::default(),
             applies,
         });
         inner.runtime.spawn(showing::keep_tidy(Arc::downgrade(&inner), untidy));
@@ -171,11 +174,20 @@ impl Node {
         self.0.shown().keys().copied().collect()
     }
 
+    /// True if containerd has snapshots whose layers are shown. Those of removed ones are taken down before.
+    pub async fn shows_anything(&self) -> bool {
+        let looking = self.blocking(|inner| {
+            inner.take_down_unused();
+            Ok(!inner.shown().is_empty())
+        });
+        looking.await.unwrap_or(true)
+    }
+
     /// Leaves the layers of snapshots to the next daemon, as far as they go on by themselves.
     pub async fn leave(&self) {
         let leaving = self.blocking(|inner| {
             // What nobody needs any more is not for the next one to find.
-            drop(inner.unused());
+            inner.take_down_unused();
             inner.shown().values().for_each(|shown| shown.held.leave());
             Ok(())
         });

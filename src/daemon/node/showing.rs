@@ -36,8 +36,15 @@ impl Inner {
         self.shown.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Takes down the layers that are shown and that nothing uses; afterwards they are gone, whoever does it. Waits for the
+    /// kernel.
+    pub(super) fn take_down_unused(&self) {
+        let _one = self.taking_down.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(self.unused());
+    }
+
     /// Layers that are shown and that nothing uses, taken out of the table.
-    pub(super) fn unused(&self) -> Vec<Arc<Shown>> {
+    fn unused(&self) -> Vec<Arc<Shown>> {
         let mut shown = self.shown();
         // Looked at while the table is locked: a layer is recorded before it is in there.
         let used: BTreeSet<LayerSlot> = self.snapshots.layers().into_iter().map(|layer| layer.slot).collect();
@@ -95,7 +102,7 @@ pub(super) async fn keep_tidy(node: Weak<Inner>, untidy: Arc<Notify>) {
     loop {
         let Some(inner) = node.upgrade() else { return };
         let tidying = tokio::task::spawn_blocking(move || {
-            drop(inner.unused());
+            inner.take_down_unused();
             inner.snapshots.free_released()
         });
         let left = match tidying.await {

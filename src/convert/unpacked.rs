@@ -10,12 +10,12 @@ use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
-use std::os::unix::fs::{DirEntryExt as _, FileTypeExt as _};
+use std::os::unix::fs::DirEntryExt as _;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags};
 
-use crate::model::{FileKind, Xattr};
+use crate::model::Xattr;
 use crate::overlay::{EachEntry, LayerView, Look};
 use crate::sys::{FileError, look};
 
@@ -88,7 +88,7 @@ impl LayerView for Unpacked {
             let entry = entry.map_err(FileError::of("list", &path))?;
             let name = entry.file_name();
             let inside = path.join(&name);
-            let kind = kind_of(entry.file_type().map_err(FileError::of("look at", &inside))?);
+            let kind = look::kind_of(entry.file_type().map_err(FileError::of("look at", &inside))?);
             if each(name.as_bytes(), self.found(entry.ino(), inside), kind).is_break() {
                 break;
             }
@@ -113,17 +113,5 @@ impl LayerView for Unpacked {
 
     fn xattrs(&self, nid: u64) -> Result<Vec<Xattr>, FileError> {
         look::xattrs(&self.path(nid)?)
-    }
-}
-
-fn kind_of(file_type: fs::FileType) -> FileKind {
-    match () {
-        () if file_type.is_dir() => FileKind::Directory,
-        () if file_type.is_symlink() => FileKind::Symlink,
-        () if file_type.is_char_device() => FileKind::CharDevice,
-        () if file_type.is_block_device() => FileKind::BlockDevice,
-        () if file_type.is_fifo() => FileKind::Fifo,
-        () if file_type.is_socket() => FileKind::Socket,
-        () => FileKind::Regular,
     }
 }

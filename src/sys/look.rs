@@ -3,7 +3,7 @@
 use std::ffi::CStr;
 use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::Path;
 
 use rustix::io::Errno;
@@ -21,6 +21,19 @@ pub struct FileId {
     pub device: u64,
     /// The inode.
     pub inode: u64,
+}
+
+/// What kind of file it is.
+pub fn kind_of(file_type: fs::FileType) -> FileKind {
+    match () {
+        () if file_type.is_dir() => FileKind::Directory,
+        () if file_type.is_symlink() => FileKind::Symlink,
+        () if file_type.is_char_device() => FileKind::CharDevice,
+        () if file_type.is_block_device() => FileKind::BlockDevice,
+        () if file_type.is_fifo() => FileKind::Fifo,
+        () if file_type.is_socket() => FileKind::Socket,
+        () => FileKind::Regular,
+    }
 }
 
 /// What `lstat` tells, and which file it is.

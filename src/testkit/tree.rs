@@ -11,7 +11,6 @@ use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io::Read as _;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
-use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail, ensure};
@@ -105,7 +104,7 @@ impl Listing {
             if attributes.kind == FileKind::Directory {
                 for entry in fs::read_dir(&full).with_context(|| format!("cannot list {}", full.display()))? {
                     let entry = entry.with_context(|| format!("cannot list {}", full.display()))?;
-                    let kind = kind_of(entry.file_type()?);
+                    let kind = Some(look::kind_of(entry.file_type()?));
                     left.push((join(&path, &entry.file_name().into_vec()), kind));
                 }
             }
@@ -289,19 +288,6 @@ impl Node {
 
 fn join(directory: &[u8], name: &[u8]) -> Vec<u8> {
     if directory.is_empty() { name.to_owned() } else { [directory, b"/", name].concat() }
-}
-
-fn kind_of(file_type: fs::FileType) -> Option<FileKind> {
-    Some(match () {
-        () if file_type.is_file() => FileKind::Regular,
-        () if file_type.is_dir() => FileKind::Directory,
-        () if file_type.is_symlink() => FileKind::Symlink,
-        () if file_type.is_char_device() => FileKind::CharDevice,
-        () if file_type.is_block_device() => FileKind::BlockDevice,
-        () if file_type.is_fifo() => FileKind::Fifo,
-        () if file_type.is_socket() => FileKind::Socket,
-        () => return None,
-    })
 }
 
 fn content_of(path: &Path, kind: FileKind) -> anyhow::Result<Content> {
